@@ -1,0 +1,1 @@
+"""Scope CONTAINER: what exists once for all tasks. The target's own runtime makes nearly all of it."""

@@ -1,0 +1,254 @@
+"""What every kind of open file is written against: the open file as seen, the source's scope, the target's workshop."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+from agent.engine.native.files.calls import Comparer, open_in_root, pidfd_getfd, read_proc
+from protocol.errors import KernelError, UnsupportedError
+from protocol.messages import Refusal
+
+# Flags of open(2) that act at open and are not kept, or that belong to the descriptor.
+CREATION_FLAGS = os.O_CREAT | os.O_EXCL | os.O_NOCTTY | os.O_TRUNC
+# O_LARGEFILE as a 64-bit kernel reports it (asm-generic/fcntl.h); os.O_LARGEFILE is 0 there.
+O_LARGEFILE = 0o100000
+# Status flags that F_SETFL can change on an open file.
+SETTABLE_FLAGS = os.O_APPEND | os.O_NONBLOCK | os.O_ASYNC | os.O_NOATIME
+
+
+class ObjectRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Base of one open file on its way: `id` is what descriptors name it by, `flags` its access mode and status."""
+
+    id: int
+    flags: int
+
+
+class Descriptor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One number in the table of a process."""
+
+    number: int
+    object: int
+    cloexec: bool
+
+
+class TransientStateError(UnsupportedError):
+    """Something that cannot be carried just now but soon can: thaw, wait a little, try again."""
+
+    code = "transient-state"
+
+
+@dataclass(slots=True)
+class OpenFile:
+    """One open file of the process, seen from outside; `fd` is the lowest of the numbers that share it."""
+
+    id: int
+    fd: int
+    link: str  # what /proc/PID/fd/N points to
+    flags: int  # access mode and status flags, without O_CLOEXEC
+    offset: int
+    mount_id: int
+    lines: list[str]  # of fdinfo, behind the common ones
+    status: os.stat_result
+    numbers: list[tuple[int, bool]] = field(default_factory=list)  # (number, close-on-exec)
+
+    @property
+    def kind(self) -> int:
+        """The S_IF... of the mode."""
+        return stat.S_IFMT(self.status.st_mode)
+
+    @property
+    def access(self) -> int:
+        """O_RDONLY, O_WRONLY or O_RDWR."""
+        return self.flags & os.O_ACCMODE
+
+    @property
+    def inode(self) -> int:
+        """Of a pipe or socket: its identity on this host."""
+        return self.status.st_ino
+
+    def fields(self) -> dict[str, str]:
+        """The lines `name: value` of fdinfo, behind the common ones."""
+        found = {}
+        for line in self.lines:
+            name, colon, value = line.partition(":")
+            if colon:
+                found[name.strip()] = value.strip()
+        return found
+
+
+@dataclass(slots=True)
+class Scope:
+    """The source's process while it is looked at."""
+
+    pid: int
+    container_pid: int
+    tcp_mode: str
+    storage: str
+    pidfd: int
+    root_fd: int
+    root_path: str
+    mount_ids: frozenset[int]
+    comparer: Comparer
+    files: list[OpenFile] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    _taken: dict[int, int] = field(default_factory=dict)  # by OpenFile.id
+
+    @classmethod
+    def open(cls, pid: int, tcp_mode: str, storage: str) -> Scope:
+        """Raises: TaskGoneError, KernelError."""
+        pidfd = os.pidfd_open(pid)
+        return cls(
+            pid=pid,
+            container_pid=read_container_pid(pid),
+            tcp_mode=tcp_mode,
+            storage=storage,
+            pidfd=pidfd,
+            root_fd=os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC),
+            root_path=os.readlink(f"/proc/{pid}/root"),
+            mount_ids=read_mount_ids(pid),
+            comparer=Comparer(),
+        )
+
+    def take(self, file: OpenFile) -> int:
+        """Our own descriptor of that very open file; closed by `release`. Raises: KernelError."""
+        if file.id not in self._taken:
+            self._taken[file.id] = pidfd_getfd(self.pidfd, file.fd)
+        return self._taken[file.id]
+
+    def release(self) -> None:
+        """Close what `take` made, so that a file that the process closes is closed."""
+        for fd in self._taken.values():
+            os.close(fd)
+        self._taken.clear()
+
+    def close(self) -> None:
+        """Close everything; idempotent."""
+        self.release()
+        for fd in (self.pidfd, self.root_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.pidfd = self.root_fd = -1
+
+    def is_outside(self, file: OpenFile) -> bool:
+        """Whether a file with a path lies on a mount that the container does not have."""
+        return file.mount_id not in self.mount_ids
+
+    def open_path_status(self, path: str) -> os.stat_result:
+        """What a path of the container leads to. Raises: KernelError: nowhere."""
+        fd = open_in_root(self.root_fd, path, os.O_PATH | os.O_NOFOLLOW)
+        try:
+            return os.fstat(fd)
+        finally:
+            os.close(fd)
+
+    def refusal(self, file: OpenFile, code: str, reason: str, hint: str = "") -> Refusal:
+        """A refusal that names the process, the descriptor, what it is and why."""
+        return Refusal(
+            code=code,
+            message=f"process {self.container_pid}, fd {file.fd} ({file.link}): {reason}",
+            hint=hint,
+            pid=self.container_pid,
+            fd=file.fd,
+            object=file.link,
+        )
+
+    def refuse(self, file: OpenFile, code: str, reason: str, hint: str = "") -> UnsupportedError:
+        """The same as an error, for what is first seen in the freeze."""
+        found = self.refusal(file, code, reason, hint)
+        return UnsupportedError(found.message, code=code, hint=hint)
+
+
+class Remote(Protocol):
+    """System calls in the target's process; `agent.engine.native.remote.RemoteSyscalls` is the real one."""
+
+    def call(self, number: int, *arguments: int) -> int:
+        """One call. Raises: KernelError."""
+
+    def batch(self, calls: list[tuple[int, ...]], keep_going: bool = False) -> list[int]:  # noqa: FBT001, FBT002
+        """Many calls. Raises: KernelError."""
+
+    def place(self, data: bytes) -> int:
+        """Bytes in the process's scratch memory, until the next batch has run; gives their address."""
+
+    def read(self, address: int, size_bytes: int) -> bytes:
+        """Bytes of the process's memory."""
+
+
+@dataclass(slots=True)
+class Workshop:
+    """Where the target's objects are made: in the agent, in the container's network namespace, seen from its root."""
+
+    pid: int
+    root_fd: int
+    stdio: dict[int, int] = field(default_factory=dict)  # role -> our duplicate of what the runtime gave
+    pairs: dict[str, tuple[int, int]] = field(default_factory=dict)  # 'pipe:1' -> both ends, until all are placed
+    made: dict[int, int] = field(default_factory=dict)  # object id -> our descriptor
+    later: list[Callable[[], None]] = field(default_factory=list)
+
+    def open_path(self, path: str, flags: int) -> int:
+        """Open a path of the container as the container would find it. Raises: KernelError."""
+        return open_in_root(self.root_fd, path, flags)
+
+    def close(self) -> None:
+        """Close every descriptor of ours; what was passed on lives in the process."""
+        owned = {*self.made.values(), *self.stdio.values(), *(fd for pair in self.pairs.values() for fd in pair)}
+        for fd in owned - {-1}:
+            os.close(fd)
+        self.made.clear()
+        self.stdio.clear()
+        self.pairs.clear()
+        if self.root_fd >= 0:
+            os.close(self.root_fd)
+            self.root_fd = -1
+
+
+class Kind(Protocol):
+    """One file of this folder: a kind of open file."""
+
+    @staticmethod
+    def matches(file: OpenFile, scope: Scope) -> bool:
+        """Whether this open file is of this kind."""
+
+    @staticmethod
+    def check(file: OpenFile, scope: Scope) -> list[Refusal]:
+        """Why it cannot be carried; nothing is changed."""
+
+    @staticmethod
+    def dump(file: OpenFile, scope: Scope) -> ObjectRecord:
+        """The record, in the freeze. Raises: UnsupportedError, TransientStateError, KernelError."""
+
+
+def read_container_pid(pid: int) -> int:
+    """The pid as the container's own namespace has it."""
+    for line in read_proc(f"/proc/{pid}/status").splitlines():
+        if line.startswith("NSpid:"):
+            return int(line.split()[-1])
+    return pid
+
+
+def read_mount_ids(pid: int) -> frozenset[int]:
+    """Ids of all mounts that the process can reach.   Source: proc_pid_mountinfo(5)."""
+    return frozenset(int(line.split(" ", 1)[0]) for line in read_proc(f"/proc/{pid}/mountinfo").splitlines())
+
+
+def status_flags(flags: int) -> int:
+    """Flags as they are when the file is opened again: no creation, no descriptor flag."""
+    return flags & ~(CREATION_FLAGS | os.O_CLOEXEC | O_LARGEFILE)
+
+
+def set_flags(fd: int, flags: int) -> None:
+    """Give an object the status flags that F_SETFL may change, when it has others. Raises: KernelError."""
+    before = fcntl.fcntl(fd, fcntl.F_GETFL)
+    wanted = (before & ~SETTABLE_FLAGS) | (flags & SETTABLE_FLAGS)
+    if wanted != before:
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETFL, wanted)
+        except OSError as error:
+            raise KernelError("fcntl(F_SETFL)", error.errno or 0, error.strerror or "") from error

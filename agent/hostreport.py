@@ -1,0 +1,159 @@
+"""What this host is and can do. Every feature is asked for by using it; a version number decides nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import re
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from agent import arch
+from agent.host import Host
+from agent.kernel import memory, pidfd, procfs, timens, userfaultfd
+from agent.kernel import pagemap as pagemap_scan
+from agent.kernel.freezer import Freezer
+from protocol.errors import MigrateError
+from protocol.messages import HostReport, RuntimeInfo
+
+AGENT_VERSION = "0.1.0"
+# include/uapi/linux/tcp.h
+_TCP_REPAIR = 19
+
+
+def _probe_userfaultfd() -> None:
+    fd = userfaultfd.create()
+    try:
+        userfaultfd.handshake(fd)
+    finally:
+        os.close(fd)
+
+
+def _probe_pagemap_scan() -> None:
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        area = next(area for area in procfs.read_maps(os.getpid()) if "w" in area.perms)
+        pagemap_scan.scan(fd, area.start, area.end, required=pagemap_scan.PAGE_IS_PRESENT)
+    finally:
+        os.close(fd)
+
+
+def _probe_pidfd() -> None:
+    read_end, write_end = os.pipe()
+    handle = pidfd.open_pidfd(os.getpid())
+    try:
+        os.close(pidfd.get_fd(handle, read_end))
+    finally:
+        for fd in (read_end, write_end, handle):
+            os.close(fd)
+
+
+def _probe_tcp_repair() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, 1)
+
+
+def _probe_freezer() -> None:
+    Freezer.of(os.getpid())
+
+
+def _probe_time_namespace() -> None:
+    timens.probe()
+
+
+def _probe_packet_socket() -> None:
+    socket.socket(socket.AF_PACKET, socket.SOCK_RAW).close()
+
+
+def _probe_ns_last_pid() -> None:
+    if not os.access("/proc/sys/kernel/ns_last_pid", os.W_OK):
+        raise OSError(0, "/proc/sys/kernel/ns_last_pid is not writable: the kernel lacks CONFIG_CHECKPOINT_RESTORE")
+
+
+def _probe_root() -> None:
+    if os.geteuid() != 0:
+        raise OSError(0, "the agent does not run as root")
+
+
+# feature: (probe, what to do when it fails)
+_PROBES: dict[str, tuple[Callable[[], None], str]] = {
+    "root": (_probe_root, "run the agent as root"),
+    "wp_async": (_probe_userfaultfd, "needs Linux 6.7 with CONFIG_USERFAULTFD"),
+    "pagemap_scan": (_probe_pagemap_scan, "needs Linux 6.7"),
+    "pidfd_getfd": (_probe_pidfd, "needs Linux 5.6"),
+    "tcp_repair": (_probe_tcp_repair, "needs CAP_NET_ADMIN"),
+    "time_namespace": (_probe_time_namespace, "needs Linux 5.6 with CONFIG_TIME_NS"),
+    "freezer": (_probe_freezer, "needs a cgroup v1 freezer or cgroup v2"),
+    "packet_socket": (_probe_packet_socket, "needs CAP_NET_RAW and CONFIG_PACKET"),
+    "ns_last_pid": (_probe_ns_last_pid, "needs CONFIG_CHECKPOINT_RESTORE"),
+}
+
+
+def _features() -> tuple[dict[str, bool], dict[str, str]]:
+    works: dict[str, bool] = {}
+    notes: dict[str, str] = {}
+    for name, (probe, remedy) in _PROBES.items():
+        try:
+            probe()
+        except (OSError, MigrateError, StopIteration) as error:
+            works[name] = False
+            notes[name] = f"{error}; {remedy}"
+        else:
+            works[name] = True
+    return works, notes
+
+
+def vdso_digest() -> str:
+    """SHA-256 of this process's vDSO; two hosts whose vDSOs differ cannot exchange processes. '' : none."""
+    for area in procfs.read_maps(os.getpid()):
+        if area.path == "[vdso]":
+            data = memory.process_vm_read(os.getpid(), area.start, area.end - area.start)
+            return hashlib.sha256(data).hexdigest()
+    return ""
+
+
+def _cpu() -> tuple[str, list[str]]:
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    model = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
+    return (model[1] if model else ""), sorted(flags[1].split()) if flags else []
+
+
+def collect(host: Host) -> HostReport:
+    """The whole report; takes some tens of milliseconds."""
+    features, notes = _features()
+    model, flags = _cpu()
+    runtimes = []
+    names: list[str] = []
+    for runtime in host.runtimes:
+        try:
+            runtimes.append(RuntimeInfo(kind=runtime.kind, version=runtime.version(), root=runtime.root))
+            names += [item.name for item in runtime.list()]
+        except MigrateError as error:
+            features[f"runtime_{runtime.kind}"] = False
+            notes[f"runtime_{runtime.kind}"] = error.message
+    for kind, why in host.missing_runtimes.items():
+        features[f"runtime_{kind}"] = False
+        notes[f"runtime_{kind}"] = why
+    bridge = host.settings.network.bridge
+    if bridge and not Path(f"/sys/class/net/{bridge}/bridge").exists():
+        notes["bridge"] = f"{bridge} of agent.toml is not a bridge of this host"
+        bridge = ""
+    free = 0
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(host.state_dir).free
+    return HostReport(
+        host=host.name, architecture=arch.current().name, kernel=platform.release(), agent_version=AGENT_VERSION,
+        features=features, feature_notes=notes, cpu_model=model, cpu_flags=flags,
+        xstate_bytes=arch.current().xstate_bytes(), vdso_digest=vdso_digest(),
+        page_bytes=os.sysconf("SC_PAGE_SIZE"), memory_available=psutil.virtual_memory().available,
+        cpus=psutil.cpu_count() or 1, runtimes=runtimes, containers=sorted(names), bridge=bridge,
+        wall_clock=time.time(), state_dir_free=free,
+    )  # fmt: skip

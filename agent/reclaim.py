@@ -1,0 +1,229 @@
+"""What happens after the commit point, by facts of the journal alone: it works in a fresh agent as well.
+
+Source: kill the frozen copy and forget the container. Target: let it run. Both are idempotent, because a crash may
+fall between any two steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from agent.engine import base
+from agent.engine.native import files as engine_files
+from agent.host import Host
+from agent.kernel import pidfd
+from agent.kernel.freezer import Freezer
+from agent.network import build, cut
+from agent.runtimes.oci import open_runtime
+from agent import undo
+from protocol.errors import InDoubtError, MigrateError, TaskGoneError, UsageError
+from protocol.messages import ContainerReport
+from protocol.states import Event, Side, State
+
+_log = logging.getLogger(__name__)
+
+# Dead tasks are reaped by their parent or tracer in milliseconds.
+_DEATH_TIMEOUT_S = 10.0
+
+
+# ---------------------------------------------------------------- source
+
+
+def facts_of_source(
+    host: Host, report: ContainerReport, freezer: Freezer, plans: Sequence[base.CutPlan]
+) -> dict[str, Any]:
+    """All that the functions below need, for the journal."""
+    runtime = host.runtime(report.runtime)
+    return {
+        "freezer": freezer.paths,
+        "runtime": [runtime.kind, runtime.root, report.name],
+        "cuts": [cut.undo_arguments(plan) for plan in plans],
+        "namespace": report.network.path if plans else "",
+        "host_names": [plan.host_name for plan in plans],
+    }
+
+
+def kill_source_copy(facts: Mapping[str, Any]) -> None:
+    """SIGKILL every task while it is frozen, then thaw: no user instruction runs in between. Source: KERNEL-FACTS."""
+    try:
+        freezer = Freezer.at(facts["freezer"])
+        for pid in freezer.processes():
+            try:
+                handle = pidfd.open_pidfd(pid)
+            except TaskGoneError:
+                continue
+            try:
+                pidfd.send_signal(handle, signal.SIGKILL)
+            finally:
+                os.close(handle)
+        freezer.thaw()
+    except TaskGoneError:
+        _log.info("the cgroup of the source's copy is gone")
+
+
+def delete_source_container(facts: Mapping[str, Any]) -> None:
+    """Forget it in the runtime; waits until its tasks are gone."""
+    kind, root, name = facts["runtime"]
+    runtime = open_runtime(kind, root)
+    deadline = time.monotonic() + _DEATH_TIMEOUT_S
+    while True:
+        try:
+            runtime.delete(name)
+        except MigrateError:
+            if time.monotonic() > deadline:
+                raise
+            # runc refuses while dead tasks wait for their tracer; there is no event to wait for.
+            time.sleep(0.05)
+        else:
+            return
+
+
+def forget_source_network(facts: Mapping[str, Any]) -> None:
+    """Remove catchers, veths and the named namespace: they live on the target now."""
+    for arguments in facts["cuts"]:
+        cut.remove_catcher(arguments)
+    build.remove_network(namespace_path=facts["namespace"], host_names=facts["host_names"])
+
+
+async def settle_source(host: Host, migration: str, peer_state: State) -> State:
+    """The target's journal says `peer_state`; end this side accordingly.
+
+    Raises: InDoubtError: that state decides nothing.
+    """
+    entry = host.journal.find(migration, Side.SOURCE)
+    if entry is None:
+        raise UsageError(f"no migration {migration} on {host.name} as source")
+    if entry.state is State.RUNNING or (
+        entry.state is State.COMMITTED and peer_state in {State.RUNNING, State.FINISHED, State.FORCED}
+    ):
+        if entry.state is State.COMMITTED:
+            host.journal.move(migration, Side.SOURCE, Event.RUNNING)
+        await asyncio.to_thread(kill_source_copy, entry.facts)
+        await asyncio.to_thread(delete_source_container, entry.facts)
+        await asyncio.to_thread(forget_source_network, entry.facts)
+        return host.journal.move(migration, Side.SOURCE, Event.CLEANED)
+    if entry.state is State.COMMITTED and peer_state is State.DISCARDED:
+        state = host.journal.move(migration, Side.SOURCE, Event.TARGET_DISCARDED, undo=undo_of_committed(entry.facts))
+        failures = await asyncio.to_thread(undo.run_pending, host.state_dir, migration, Side.SOURCE)
+        if failures:
+            raise InDoubtError(f"{entry.container} was reclaimed, but: {'; '.join(failures)}", host=host.name)
+        return state
+    if entry.is_final:
+        return entry.state
+    raise InDoubtError(
+        f"{host.name} is {entry.state.value}, the target {peer_state.value}: nothing to settle yet", host=host.name
+    )
+
+
+def undo_of_committed(facts: Mapping[str, Any]) -> list[undo.Undo]:
+    """How a frozen source that was committed is taken back into service, after the target discarded."""
+    return [
+        undo.thaw(facts["freezer"]),
+        undo.repair_off(facts["pids"]) if "pids" in facts else undo.repair_off([]),
+        *(undo.uncut(**arguments) for arguments in facts["cuts"]),
+    ]
+
+
+# ---------------------------------------------------------------- target
+
+
+def facts_of_restored(
+    freezer: Freezer, restored: base.TargetRestored, networks: Sequence[build.BuiltNetwork]
+) -> dict[str, Any]:
+    """All that `run_target` needs, for the journal."""
+    return {
+        "freezer": freezer.paths,
+        "repaired": [
+            [socket.pid, socket.fd, base64.b64encode(socket.unsent).decode("ascii")] for socket in restored.repaired
+        ],
+        "networks": [network.facts() for network in networks],
+    }
+
+
+def activate_sockets(sockets: Sequence[base.RepairedSocket]) -> None:
+    """Out of repair mode, with the window probe that makes the peer talk, then the data that had not been sent."""
+    for socket in sockets:
+        engine_files.activate(socket)
+
+
+def run_target(facts: Mapping[str, Any]) -> None:
+    """What COMMIT means, for an agent that was started anew: attach, announce, activate, thaw."""
+    for arguments in facts["networks"]:
+        build.attach_by_facts(arguments)
+    activate_sockets(
+        [base.RepairedSocket(pid=pid, fd=fd, unsent=base64.b64decode(unsent)) for pid, fd, unsent in facts["repaired"]]
+    )
+    Freezer.at(facts["freezer"]).thaw()
+
+
+async def settle_target(host: Host, migration: str, peer_state: State | None, *, source_is_dead: bool) -> State:
+    """The source's journal says `peer_state`; end this side accordingly.
+
+    Raises: InDoubtError: that state decides nothing.
+    """
+    entry = host.journal.find(migration, Side.TARGET)
+    if entry is None:
+        raise UsageError(f"no migration {migration} on {host.name} as target")
+    committed = peer_state in {State.COMMITTED, State.RUNNING, State.FINISHED}
+    if entry.state is State.RESTORED and (committed or source_is_dead):
+        event = Event.COMMIT if committed else Event.SOURCE_IS_DEAD
+        host.journal.move(migration, Side.TARGET, event, clear_undo=True)
+        await asyncio.to_thread(run_target, entry.facts)
+        return host.journal.move(migration, Side.TARGET, Event.CLEANED)
+    if entry.state in {State.RUNNING, State.FORCED}:
+        await asyncio.to_thread(run_target, entry.facts)
+        return host.journal.move(migration, Side.TARGET, Event.CLEANED)
+    if entry.state is State.RESTORED and peer_state in {State.ABORTED, State.RECLAIMED}:
+        state = host.journal.move(migration, Side.TARGET, Event.ABORT, detail="the source aborted")
+        await asyncio.to_thread(undo.run_pending, host.state_dir, migration, Side.TARGET)
+        return state
+    if entry.is_final:
+        return entry.state
+    raise InDoubtError(
+        f"{host.name} is {entry.state.value}, the source {peer_state.value if peer_state else 'unknown'}: "
+        "nothing to settle yet", host=host.name,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- at agent start
+
+
+async def settle_at_start(host: Host) -> list[str]:
+    """Settle what an agent that died left behind, before anything else may start those containers.
+
+    Gives what a person should know, one line each. Sides that need the other one's word stay as they are.
+    """
+    said = []
+    for entry in host.journal.unsettled():
+        if entry.is_driven and entry.driver_pid != os.getpid():
+            continue
+        try:
+            said.append(await _settle_one(host, entry.migration, entry.side, entry.state, entry.facts))
+        except MigrateError as error:
+            said.append(f"{entry.migration}: {error}")
+    return [line for line in said if line]
+
+
+async def _settle_one(host: Host, migration: str, side: Side, state: State, facts: Mapping[str, Any]) -> str:
+    match side, state:
+        case Side.SOURCE, State.COMMITTED:
+            return f"{migration}: committed, the copy here stays frozen until the target is heard; migrate recover"
+        case Side.SOURCE, State.RUNNING:
+            await settle_source(host, migration, State.RUNNING)
+            return f"{migration}: cleaned up after success"
+        case Side.TARGET, State.RUNNING | State.FORCED:
+            await settle_target(host, migration, None, source_is_dead=False)
+            return f"{migration}: the container runs here"
+        case Side.TARGET, State.RESTORED if Freezer.at(facts["freezer"]).processes():
+            return f"{migration}: restored and frozen, waits for the source's decision; migrate recover {migration}"
+        case _ if not host.journal.find(migration, side).is_final:  # type: ignore[union-attr]
+            host.journal.move(migration, side, Event.ABORT, detail="the agent was restarted")
+    failures = await asyncio.to_thread(undo.run_pending, host.state_dir, migration, side)
+    return f"{migration}: undone" + (f", except {'; '.join(failures)}" if failures else "")
