@@ -155,11 +155,12 @@ class Journal:
 
     def move(
         self, migration: str, side: Side, *events: Event, detail: str = "", facts: dict[str, Any] | None = None,
-        undo: Sequence[Undo] = (), clear_undo: bool = False,
+        undo: Sequence[Undo] = (), clear_undo: bool = False, epoch: int | None = None,
     ) -> State:  # fmt: skip
         """Apply `events` in order, durably and at once, with new facts and the undo of what comes next.
 
         `clear_undo`: the effects so far are here to stay; nobody may take them back from now on.
+        `epoch`: a new one, greater than before; None: as it is.
 
         Raises: LocalProtocolError: the table of protocol.states does not allow it.
         """
@@ -169,9 +170,9 @@ class Journal:
             for event in events:
                 state = next_state(side, state, event)
             db.execute(
-                "UPDATE migrations SET state=?, since=?, detail=?, facts=? WHERE migration=? AND side=?",
+                "UPDATE migrations SET state=?, since=?, detail=?, facts=?, epoch=? WHERE migration=? AND side=?",
                 (state.value, time.time(), detail or entry.detail, json.dumps(entry.facts | (facts or {})),
-                 migration, side.value),
+                 entry.epoch if epoch is None else epoch, migration, side.value),
             )  # fmt: skip
             if clear_undo:
                 db.execute("DELETE FROM undo WHERE migration=? AND side=?", (migration, side.value))

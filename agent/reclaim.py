@@ -15,17 +15,18 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from agent import undo
 from agent.engine import base
 from agent.engine.native import files as engine_files
 from agent.host import Host
+from agent.journal import Entry
 from agent.kernel import pidfd
 from agent.kernel.freezer import Freezer
 from agent.network import build, cut
 from agent.runtimes.oci import open_runtime
-from agent import undo
 from protocol.errors import InDoubtError, MigrateError, TaskGoneError, UsageError
 from protocol.messages import ContainerReport
-from protocol.states import Event, Side, State
+from protocol.states import TRANSITIONS, Event, Side, State, may_abort
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ def facts_of_source(
     runtime = host.runtime(report.runtime)
     return {
         "freezer": freezer.paths,
+        "pids": [report.pid],
         "runtime": [runtime.kind, runtime.root, report.name],
         "cuts": [cut.undo_arguments(plan) for plan in plans],
         "namespace": report.network.path if plans else "",
@@ -92,22 +94,24 @@ def forget_source_network(facts: Mapping[str, Any]) -> None:
     build.remove_network(namespace_path=facts["namespace"], host_names=facts["host_names"])
 
 
-async def settle_source(host: Host, migration: str, peer_state: State) -> State:
-    """The target's journal says `peer_state`; end this side accordingly.
+async def settle_source(host: Host, migration: str, peer_state: State, peer_epoch: int) -> State:
+    """The target's journal says `peer_state` in `peer_epoch`; end this side accordingly.
 
     Raises: InDoubtError: that state decides nothing.
     """
     entry = host.journal.find(migration, Side.SOURCE)
     if entry is None:
-        raise UsageError(f"no migration {migration} on {host.name} as source")
-    if entry.state is State.RUNNING or (
-        entry.state is State.COMMITTED and peer_state in {State.RUNNING, State.FINISHED, State.FORCED}
-    ):
+        raise UsageError(f"no migration {migration} on {host.name} as source", host=host.name)
+    if peer_epoch > entry.epoch and (Side.SOURCE, entry.state, Event.HIGHER_EPOCH) in TRANSITIONS:
+        # Somebody declared this host dead and let the target run: this copy must go, even if it runs.
+        state = host.journal.move(migration, Side.SOURCE, Event.HIGHER_EPOCH, epoch=peer_epoch, clear_undo=True)
+        await _remove_source_copy(entry.facts)
+        return state
+    runs_there = peer_state in {State.RUNNING, State.FINISHED, State.FORCED}
+    if entry.state is State.RUNNING or (entry.state is State.COMMITTED and runs_there):
         if entry.state is State.COMMITTED:
             host.journal.move(migration, Side.SOURCE, Event.RUNNING)
-        await asyncio.to_thread(kill_source_copy, entry.facts)
-        await asyncio.to_thread(delete_source_container, entry.facts)
-        await asyncio.to_thread(forget_source_network, entry.facts)
+        await _remove_source_copy(entry.facts)
         return host.journal.move(migration, Side.SOURCE, Event.CLEANED)
     if entry.state is State.COMMITTED and peer_state is State.DISCARDED:
         state = host.journal.move(migration, Side.SOURCE, Event.TARGET_DISCARDED, undo=undo_of_committed(entry.facts))
@@ -122,11 +126,17 @@ async def settle_source(host: Host, migration: str, peer_state: State) -> State:
     )
 
 
+async def _remove_source_copy(facts: Mapping[str, Any]) -> None:
+    await asyncio.to_thread(kill_source_copy, facts)
+    await asyncio.to_thread(delete_source_container, facts)
+    await asyncio.to_thread(forget_source_network, facts)
+
+
 def undo_of_committed(facts: Mapping[str, Any]) -> list[undo.Undo]:
     """How a frozen source that was committed is taken back into service, after the target discarded."""
     return [
         undo.thaw(facts["freezer"]),
-        undo.repair_off(facts["pids"]) if "pids" in facts else undo.repair_off([]),
+        undo.repair_off(facts["pids"]),
         *(undo.uncut(**arguments) for arguments in facts["cuts"]),
     ]
 
@@ -171,19 +181,24 @@ async def settle_target(host: Host, migration: str, peer_state: State | None, *,
     entry = host.journal.find(migration, Side.TARGET)
     if entry is None:
         raise UsageError(f"no migration {migration} on {host.name} as target")
+    if entry.state is State.RESTORED and peer_state in {State.ABORTED, State.RECLAIMED}:
+        # First of all: a source that is known to run must never be overruled by 'the source is dead'.
+        state = host.journal.move(migration, Side.TARGET, Event.ABORT, detail="the source aborted")
+        await asyncio.to_thread(undo.run_pending, host.state_dir, migration, Side.TARGET)
+        return state
     committed = peer_state in {State.COMMITTED, State.RUNNING, State.FINISHED}
     if entry.state is State.RESTORED and (committed or source_is_dead):
-        event = Event.COMMIT if committed else Event.SOURCE_IS_DEAD
-        host.journal.move(migration, Side.TARGET, event, clear_undo=True)
+        if committed:
+            host.journal.move(migration, Side.TARGET, Event.COMMIT, clear_undo=True)
+        else:
+            host.journal.move(
+                migration, Side.TARGET, Event.SOURCE_IS_DEAD, clear_undo=True, epoch=entry.epoch + 1
+            )
         await asyncio.to_thread(run_target, entry.facts)
         return host.journal.move(migration, Side.TARGET, Event.CLEANED)
     if entry.state in {State.RUNNING, State.FORCED}:
         await asyncio.to_thread(run_target, entry.facts)
         return host.journal.move(migration, Side.TARGET, Event.CLEANED)
-    if entry.state is State.RESTORED and peer_state in {State.ABORTED, State.RECLAIMED}:
-        state = host.journal.move(migration, Side.TARGET, Event.ABORT, detail="the source aborted")
-        await asyncio.to_thread(undo.run_pending, host.state_dir, migration, Side.TARGET)
-        return state
     if entry.is_final:
         return entry.state
     raise InDoubtError(
@@ -205,25 +220,42 @@ async def settle_at_start(host: Host) -> list[str]:
         if entry.is_driven and entry.driver_pid != os.getpid():
             continue
         try:
-            said.append(await _settle_one(host, entry.migration, entry.side, entry.state, entry.facts))
+            said.append(await _settle_one(host, entry))
         except MigrateError as error:
             said.append(f"{entry.migration}: {error}")
     return [line for line in said if line]
 
 
-async def _settle_one(host: Host, migration: str, side: Side, state: State, facts: Mapping[str, Any]) -> str:
+async def _settle_one(host: Host, entry: Entry) -> str:
+    migration, side, state = entry.migration, entry.side, entry.state
+    if entry.is_final:
+        return await _undo_rest(host, entry)
+    alive = _tasks_alive(entry.facts)
     match side, state:
         case Side.SOURCE, State.COMMITTED:
-            return f"{migration}: committed, the copy here stays frozen until the target is heard; migrate recover"
+            return f"{migration}: committed, the copy here stays frozen until the target is heard: migrate recover"
         case Side.SOURCE, State.RUNNING:
-            await settle_source(host, migration, State.RUNNING)
+            await settle_source(host, migration, State.RUNNING, entry.epoch)
             return f"{migration}: cleaned up after success"
         case Side.TARGET, State.RUNNING | State.FORCED:
             await settle_target(host, migration, None, source_is_dead=False)
-            return f"{migration}: the container runs here"
-        case Side.TARGET, State.RESTORED if Freezer.at(facts["freezer"]).processes():
-            return f"{migration}: restored and frozen, waits for the source's decision; migrate recover {migration}"
-        case _ if not host.journal.find(migration, side).is_final:  # type: ignore[union-attr]
-            host.journal.move(migration, side, Event.ABORT, detail="the agent was restarted")
-    failures = await asyncio.to_thread(undo.run_pending, host.state_dir, migration, side)
-    return f"{migration}: undone" + (f", except {'; '.join(failures)}" if failures else "")
+            return f"{migration}: {entry.container} runs here"
+    if not may_abort(side, state, tasks_alive=alive):
+        return f"{migration}: {state.value} here, the other side must be heard: migrate recover {migration}"
+    host.journal.move(migration, side, Event.ABORT, detail="the agent was restarted")
+    return await _undo_rest(host, entry)
+
+
+async def _undo_rest(host: Host, entry: Entry) -> str:
+    failures = await asyncio.to_thread(undo.run_pending, host.state_dir, entry.migration, entry.side)
+    return f"{entry.migration}: undone" + (f", except {'; '.join(failures)}" if failures else "")
+
+
+def _tasks_alive(facts: Mapping[str, Any]) -> bool:
+    """Whether this side's copy has tasks. True before the journal knows of a copy."""
+    if "freezer" not in facts:
+        return True
+    try:
+        return bool(Freezer.at(facts["freezer"]).processes())
+    except TaskGoneError:
+        return False

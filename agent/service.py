@@ -15,7 +15,7 @@ from agent.source import SourceMigration, failure_of
 from agent.target import TargetMigration
 from protocol import messages as m
 from protocol.connection import NEED_DATA, Connection, ConnectionClosed, Role
-from protocol.errors import MigrateError, PeerError, ProtocolError, UsageError
+from protocol.errors import LocalProtocolError, MigrateError, PeerError, ProtocolError, UsageError
 from protocol.negotiation import choose_version
 from protocol.states import Side, State, may_abort
 
@@ -140,11 +140,18 @@ class Session:
                 family="internal", code="internal", host=self._host.name,
                 message=f"{type(request.body).__name__}: {type(error).__name__}: {error}",
             )  # fmt: skip
-        self._send(m.Reply(number=request.number, body=body))
+        try:
+            self._send(m.Reply(number=request.number, body=body))
+        except LocalProtocolError as error:
+            _log.exception("the answer to %s does not fit its schema", type(request.body).__name__)
+            failure = m.Failure(family="internal", code="internal", host=self._host.name, message=str(error)[:4000])
+            self._send(m.Reply(number=request.number, body=failure))
 
     def _send(self, message: m.Reply | m.Notice) -> None:
-        with contextlib.suppress(ProtocolError, ConnectionError):  # the coordinator may have gone meanwhile
-            self._write(self._connection.send(message))
+        """Raises: LocalProtocolError: the message does not fit its own schema, a bug of ours."""
+        if self._connection.usable:
+            with contextlib.suppress(ConnectionError):  # the coordinator may have gone meanwhile
+                self._write(self._connection.send(message))
 
     async def _orphan(self) -> None:
         """The coordinator is gone: what it began and is before the freeze ends in order; the rest ends by itself."""
@@ -280,11 +287,11 @@ class Session:
             live = self._service.migrations.get((entry.migration, entry.side))
             match live, entry.side:
                 case SourceMigration(), _ if peer_state is not None:
-                    return await live.settle(peer_state)
+                    return await live.settle(peer_state, body.epoch)
                 case TargetMigration(), _:
                     return await live.settle(peer_state, source_is_dead=body.source_is_dead)
                 case None, Side.SOURCE if peer_state is not None:
-                    return await reclaim.settle_source(self._host, entry.migration, peer_state)
+                    return await reclaim.settle_source(self._host, entry.migration, peer_state, body.epoch)
                 case None, Side.TARGET:
                     return await reclaim.settle_target(
                         self._host, entry.migration, peer_state, source_is_dead=body.source_is_dead

@@ -327,11 +327,11 @@ class SourceMigration:
         if self._ending is not None:
             await asyncio.shield(self._ending)
 
-    async def settle(self, peer_state: State) -> State:
+    async def settle(self, peer_state: State, peer_epoch: int) -> State:
         """The target's journal said `peer_state`, after this side was left in COMMITTED."""
         if self.state is State.COMMITTED and self._ending is None:
             live, self._workers = self._workers, None
             if live is not None:
                 # The engine must let go before tasks can be killed or thawed; after COMMITTED it only detaches.
                 await live.close()
-        return await reclaim.settle_source(self._host, self.id, peer_state)
+        return await reclaim.settle_source(self._host, self.id, peer_state, peer_epoch)

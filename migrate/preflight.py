@@ -31,12 +31,14 @@ _TARGET_ONLY = (("time_namespace", "to let the container's monotonic clock go on
 
 # In /proc/cpuinfo, but nothing that a program's instructions could miss.
 _CPU_FLAGS_OF_THE_HOST = frozenset(
-    "acpi aperfmperf arat arch_capabilities arch_perfmon bts constant_tsc cpuid cqm cqm_llc cqm_mbm_local "
-    "cqm_mbm_total cqm_occup_llc dca ds_cpl dtes64 dtherm dts epb ept ept_ad est extd_apicid flexpriority "
-    "flush_l1d fsrm_hv hwp hwp_act_window hwp_epp hwp_notify hwp_pkg_req hypervisor ibpb ibrs ibrs_enhanced ida "
-    "intel_pt invpcid_single mba md_clear monitor nonstop_tsc nopl npt nrip_save ospke_hv pbe pdcm pebs pln pti pts "
-    "rdt_a rep_good retpoline smx ss ssbd stibp svm tm tm2 tpr_shadow tsc_adjust tsc_deadline_timer "
-    "tsc_known_freq tsc_reliable tsc_scale vmcb_clean vme vmx vnmi vpid xtopology xtpr zen".split()
+    """
+    acpi aperfmperf arat arch_capabilities arch_perfmon bts constant_tsc cpuid cqm cqm_llc cqm_mbm_local
+    cqm_mbm_total cqm_occup_llc dca ds_cpl dtes64 dtherm dts epb ept ept_ad est extd_apicid flexpriority
+    flush_l1d fsrm_hv hwp hwp_act_window hwp_epp hwp_notify hwp_pkg_req hypervisor ibpb ibrs ibrs_enhanced ida
+    intel_pt invpcid_single mba md_clear monitor nonstop_tsc nopl npt nrip_save ospke_hv pbe pdcm pebs pln pti
+    pts rdt_a rep_good retpoline smx ss ssbd stibp svm tm tm2 tpr_shadow tsc_adjust tsc_deadline_timer
+    tsc_known_freq tsc_reliable tsc_scale vmcb_clean vme vmx vnmi vpid xtopology xtpr zen
+    """.split()  # noqa: SIM905  a table of words
 )
 
 
@@ -63,7 +65,7 @@ def preflight(
         *_kernels(source, target, container, request),
         *_runtime(target, container),
         *_memory(target, container),
-        *_names(source, target, request),
+        *_names(target, request),
         *_network(target, container, request),
         *(_located(refusal, source.host) for refusal in container.refusals),
         *(_located(refusal, target.host) for refusal in files),
@@ -95,7 +97,7 @@ def _machines(source: HostReport, target: HostReport) -> Iterator[Refusal]:
         yield _at(
             target,
             "cpu-flags",
-            f"the CPU ({target.cpu_model}) lacks {', '.join(missing[:10])}{more}, which programs may have chosen at start",
+            f"the CPU ({target.cpu_model}) lacks {', '.join(missing[:10])}{more}, which programs may be using",
             f"choose a target with the CPU of {source.host} or a newer one of its kind",
         )
     if source.xstate_bytes != target.xstate_bytes:
@@ -170,10 +172,8 @@ def _memory(target: HostReport, container: ContainerReport) -> Iterator[Refusal]
         )
 
 
-def _names(source: HostReport, target: HostReport, request: MigrationRequest) -> Iterator[Refusal]:
-    if source.host == target.host:
-        yield _at(target, "same-host", f"{request.container} runs on {target.host} already")
-    elif request.target_name in target.containers:
+def _names(target: HostReport, request: MigrationRequest) -> Iterator[Refusal]:
+    if request.target_name in target.containers:
         yield _at(
             target,
             "name-taken",
@@ -187,7 +187,7 @@ def _network(target: HostReport, container: ContainerReport, request: MigrationR
     if network.kind == "host":
         yield Refusal(
             code="host-network",
-            message=f"{container.name} uses the host's network: its address belongs to the host and cannot move with it",
+            message=f"{container.name} uses the host's network: that address cannot move with it",
             hint="give the container a network namespace of its own",
         )
     bridged = [interface.name for interface in network.interfaces if interface.bridge]

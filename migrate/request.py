@@ -44,7 +44,6 @@ class MigrationRequest:
     tcp: str = "keep"
     tunnel: bool = False
     freeze_budget_s: float | None = None  # None: 2 s; stop-copy, which copies all in the freeze: the timeout
-    dry_run: bool = False
 
     @property
     def target_name(self) -> str:
@@ -78,8 +77,7 @@ def not_carried(request: MigrationRequest) -> list[Refusal]:
             request.storage == "sync",
             "storage-sync",
             "--storage sync",
-            "copy the bundle and volumes yourself and use --storage none, or keep them on shared storage and use "
-            "--storage shared",
+            "copy bundle and volumes yourself and use --storage none, or use --storage shared where they are shared",
         ),
         (request.tunnel, "tunnel", "--tunnel", "let the source reach the target's data_ports"),
         (request.streams > 1, "streams", f"--streams {request.streams}", "use one stream"),

@@ -13,7 +13,7 @@ import socket
 import struct
 from typing import TYPE_CHECKING
 
-from agent.network.frames import ETH_P_ARP, ETH_P_IPV6
+from agent.network.frames import ETH_P_ARP, ETH_P_IPV6, VNET_HEADER_BYTES
 from protocol.errors import KernelError
 
 if TYPE_CHECKING:
@@ -88,11 +88,11 @@ def drain(capture: socket.socket) -> Iterator[bytes]:
 
 def discard(capture: socket.socket) -> int:
     """Throw away what was caught so far, and count it."""
-    scratch = bytearray(1)
+    scratch = bytearray(VNET_HEADER_BYTES)  # The kernel insists on room for the header; the rest is cut off.
     count = 0
     while True:
         try:
-            capture.recv_into(scratch, 1, socket.MSG_DONTWAIT)
+            capture.recv_into(scratch, 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return count
         count += 1

@@ -188,9 +188,10 @@ def _make_catcher(netlink: Netlink, interface: Interface, name: str, bridge: Lin
         with inside(namespace), Netlink() as inner:
             end = links.need_link(inner, _INNER_NAME, "the catcher")
             links.stop_link_local(inner, end)
+            # Up first: a packet socket that is bound to a device that is down reports ENETDOWN.
+            links.change_flags(inner, end, set_flags=links.IFF_UP | links.IFF_NOARP)
             addresses = [ip_address(one.address).packed for one in interface.addresses]
             capture_socket = capture.open_capture(_INNER_NAME, mac_bytes(interface.mac), addresses)
-            links.change_flags(inner, end, set_flags=links.IFF_UP | links.IFF_NOARP)
         links.change_flags(netlink, port, set_flags=links.IFF_UP | links.IFF_NOARP)
     finally:
         os.close(namespace)

@@ -13,7 +13,7 @@ import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Container, Iterable, Mapping
 
 VNET_HEADER_BYTES = 10
 ETHERNET_BYTES = 14
@@ -26,6 +26,7 @@ ETH_P_IPV6 = 0x86DD
 
 _IPPROTO_TCP = 6
 _IPPROTO_ICMPV6 = 58
+_ICMP = (bytes([1]), bytes([_IPPROTO_ICMPV6]))
 _NEIGHBOUR_SOLICITATION = 135
 _NEIGHBOUR_ADVERTISEMENT = 136
 _ARP_BYTES = 28
@@ -137,6 +138,29 @@ def is_stale_segment(frame: bytes, receive_next: Mapping[Connection, int]) -> bo
         return False
     beyond = (segment.sequence + segment.data_bytes - expected) & 0xFFFFFFFF
     return beyond == 0 or beyond >= 1 << 31  # sequence numbers wrap: compare as signed 32 bits
+
+
+def is_answered_at_once(frame: bytes, connections: Container[Connection]) -> bool:
+    """Whether the container's kernel answers a captured frame by itself, though all tasks stand still.
+
+    Such a frame (ARP, ND, ping, the first segment of a new connection) is to be delivered after the port is attached,
+    else the answer is lost and the sender waits for its timer. All others, segments of the dumped `connections` above
+    all, are to be delivered before: newer ones must not overtake them.
+    """
+    start = VNET_HEADER_BYTES + ETHERNET_BYTES
+    protocol = int.from_bytes(frame[start - 2 : start], "big")
+    if protocol == ETH_P_ARP:
+        return True
+    if protocol == ETH_P_IP:
+        carried = frame[start + 9 : start + 10]
+    elif protocol == ETH_P_IPV6:
+        carried = frame[start + 6 : start + 7]
+    else:
+        return False
+    if carried == bytes([_IPPROTO_TCP]):
+        segment = tcp_segment(frame)
+        return segment is not None and segment.connection not in connections
+    return carried in _ICMP
 
 
 def gratuitous_arp(mac: bytes, address: bytes) -> bytes:

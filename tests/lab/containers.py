@@ -30,7 +30,7 @@ _SPEC: dict[str, Any] = {
         "args": [],
         "env": [],
         "cwd": "/",
-        "capabilities": {kind: _CAPABILITIES for kind in ["bounding", "effective", "permitted", "ambient"]},
+        "capabilities": dict.fromkeys(["bounding", "effective", "permitted", "ambient"], _CAPABILITIES),
         "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
         "noNewPrivileges": True,
     },
@@ -158,7 +158,7 @@ class ContainerHost(Host):
 
     def attach_network(self, name: str, ip: str, mac: str | None = None) -> None:
         """Make the network namespace `name` with an eth0 of that address (10.77.0.50/24) on the host's bridge."""
-        mac = mac or "02:42:" + ":".join(f"{int(part):02x}" for part in ip.split("/")[0].split("."))
+        mac = mac or "02:42:" + ":".join(f"{int(part):02x}" for part in ip.split("/", maxsplit=1)[0].split("."))
         host_end = f"v-{name}"[:15]
         self.run(["ip", "netns", "add", name])
         self.ip(

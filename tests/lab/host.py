@@ -134,7 +134,9 @@ class Host:
                 return pid
         raise LabError(f"{self.name} has no process {pid_in_host}")
 
-    def wait_listening(self, port: int, *, timeout_s: float = 10.0, process: subprocess.Popen[Any] | None = None) -> None:
+    def wait_listening(
+        self, port: int, *, timeout_s: float = 10.0, process: subprocess.Popen[Any] | None = None
+    ) -> None:
         """Wait until a TCP socket of the host listens on `port`. Source: proc(5), /proc/net/tcp: state 0A."""
         deadline = time.monotonic() + timeout_s
         suffix = f":{port:04X}"

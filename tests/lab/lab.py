@@ -18,7 +18,7 @@ from typing import IO, Any, Self
 from tests.lab import cgroups
 from tests.lab.cgroups import CgroupTree
 from tests.lab.containers import ContainerHost
-from tests.lab.host import AGENT_PORT, BRIDGE, PROJECT, Host, LabError, make_key
+from tests.lab.host import AGENT_PORT, BRIDGE, PROJECT, LabError, make_key
 from tests.lab.namespaces import only_child, spawn
 
 BASE = Path("/var/tmp/migrate-lab")
@@ -66,7 +66,9 @@ class Lab:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _start(self) -> None:
@@ -157,11 +159,15 @@ class Lab:
         unshare = ["unshare", "--net", "--mount", "--uts", "--ipc", "--cgroup", "--pid", "--time"]
         unshare += [f"--monotonic={host.monotonic_offset_s}", "--fork", "--kill-child", "--"]
         mounts = " ".join(f"{h.where}={h.options}" for h in host.cgroups.hierarchies)
-        visible = [str(p) for p in {PROJECT, Path(sys.prefix), Path(sys.base_prefix)} if p not in {Path("/usr"), Path("/")}]
+        visible = [
+            str(p) for p in {PROJECT, Path(sys.prefix), Path(sys.base_prefix)} if p not in {Path("/usr"), Path("/")}
+        ]
         if host.bridge is None:
             visible.append(str(self.operator))
         script = ["sh", str(Path(__file__).with_name("boot.sh")), host.name, str(host.stage), str(host.persist), mounts]
-        process = self._boot_process(host.name, [*unshare, *script, *sorted(visible)], inside=self._outer_pid, tree=host.cgroups)
+        process = self._boot_process(
+            host.name, [*unshare, *script, *sorted(visible)], inside=self._outer_pid, tree=host.cgroups
+        )
         self._boots[host.name] = process
         host.pid = only_child(process.pid)
         host.boots += 1

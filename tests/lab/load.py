@@ -72,7 +72,9 @@ class RedisLoad:
             raise LabError(f"the load did not get going: {line}")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._process is None:
             return
         if kind is None:
@@ -95,7 +97,7 @@ class RedisLoad:
         except BrokenPipeError:
             pass  # it ended, and said why before
         line = self._read()
-        answer = json.loads(line) if line else {"error": f"ended with {self._process.wait()}"}
+        answer: dict[str, Any] = json.loads(line) if line else {"error": f"ended with {self._process.wait()}"}
         if "error" in answer:
             raise LabError(f"the client saw a fault: {answer['error']}")
         return LoadReport(**{**answer, "gaps": tuple(Gap(**gap) for gap in answer["gaps"])})

@@ -97,11 +97,11 @@ class Connection:
 
     def wait(self, timeout_s: float, other: list[int]) -> list[int]:
         """Wait for the socket or one of the `other` files, at most `timeout_s`; returns which are readable."""
-        writers = [self.socket] if self._out else []
-        readable, writable, _ = select.select([self.socket, *other], writers, [], max(0.0, timeout_s))
+        own = self.socket.fileno()
+        readable, writable, _ = select.select([own, *other], [own] if self._out else [], [], max(0.0, timeout_s))
         if writable:
             self.flush()
-        return [f if isinstance(f, int) else f.fileno() for f in readable]
+        return readable
 
     def receive(self) -> list[tuple[float, float]]:
         """Read and check what is there: (due, latency in seconds) of each reply. Raises: BrokenPromiseError."""

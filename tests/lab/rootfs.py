@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -20,7 +19,17 @@ _PROGRAMS = [
     *["/usr/bin/ls", "/usr/bin/mkdir", "/usr/bin/rm", "/usr/bin/sleep", "/usr/bin/tail", "/usr/bin/true"],
     *["/usr/bin/redis-server", "/usr/bin/redis-cli", _PYTHON],
 ]
-_UNUSED_MODULES = ["test", "tests", "idlelib", "lib2to3", "ensurepip", "tkinter", "turtledemo", "pydoc_data", "config-*"]
+_UNUSED_MODULES = [
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "ensurepip",
+    "tkinter",
+    "turtledemo",
+    "pydoc_data",
+    "config-*",
+]
 _DIRECTORIES = ["dev", "etc", "home", "opt/lab", "proc", "root", "run", "sys", "tmp", "usr/bin", "usr/sbin", "var/lib"]
 _MERGED = ["bin", "sbin", "lib", "lib32", "lib64"]  # Debian's /bin is usr/bin, and so on
 _FORMAT = 2  # of the cached tree: count up when this file changes what is in it
@@ -75,7 +84,7 @@ def _copy(root: Path, path: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy2(source, target, follow_symlinks=False)
     if source.is_symlink():
-        _copy(root, os.path.join(source.parent, os.readlink(source)))
+        _copy(root, str(source.parent / source.readlink()))
 
 
 def _libraries(files: list[str]) -> set[str]:
@@ -86,9 +95,3 @@ def _libraries(files: list[str]) -> set[str]:
 
 def _run(*args: str) -> str:
     return subprocess.run(args, check=True, capture_output=True, text=True).stdout
-
-
-def python_installation() -> list[Path]:
-    """Where the running interpreter and its virtual environment lie."""
-    paths = sysconfig.get_paths()
-    return [Path(paths["stdlib"]), Path(paths["purelib"])]

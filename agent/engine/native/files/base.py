@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -83,6 +84,16 @@ class OpenFile:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class HeldSocket:
+    """Our duplicate of a socket of the process, and what it is."""
+
+    sock: socket.socket
+    family: int
+    kind: int  # SOCK_STREAM, ...
+    protocol: int
+
+
 @dataclass(slots=True)
 class Scope:
     """The source's process while it is looked at."""
@@ -99,6 +110,7 @@ class Scope:
     files: list[OpenFile] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     _taken: dict[int, int] = field(default_factory=dict)  # by OpenFile.id
+    _sockets: dict[int, HeldSocket] = field(default_factory=dict)  # by inode
 
     @classmethod
     def open(cls, pid: int, tcp_mode: str, storage: str) -> Scope:
@@ -122,8 +134,28 @@ class Scope:
             self._taken[file.id] = pidfd_getfd(self.pidfd, file.fd)
         return self._taken[file.id]
 
+    def hold_socket(self, file: OpenFile) -> HeldSocket:
+        """The socket, held until `release`. Raises: KernelError."""
+        held = self._sockets.get(file.inode)
+        if held is None:
+            fd = pidfd_getfd(self.pidfd, file.fd)
+            # Python asks for family, type and protocol by itself.
+            sock = socket.socket(fileno=fd)
+            held = HeldSocket(sock=sock, family=int(sock.family), kind=int(sock.type), protocol=sock.proto)
+            self._sockets[file.inode] = held
+        return held
+
+    def let_go_of_socket(self, inode: int) -> None:
+        """Close our duplicate of one that the process has closed meanwhile."""
+        held = self._sockets.pop(inode, None)
+        if held is not None:
+            held.sock.close()
+
     def release(self) -> None:
-        """Close what `take` made, so that a file that the process closes is closed."""
+        """Close what `take` and `hold_socket` made, so that a file that the process closes is closed."""
+        for held in self._sockets.values():
+            held.sock.close()
+        self._sockets.clear()
         for fd in self._taken.values():
             os.close(fd)
         self._taken.clear()

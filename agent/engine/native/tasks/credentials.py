@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from agent.arch import NR
+from agent.kernel.unistd import SYS
 from agent.engine.native.tasks.plan import CallPlan, Later
 from protocol.errors import UnsupportedError
 from protocol.messages import Record, Refusal
@@ -105,8 +105,8 @@ def dump(fields: dict[str, str], plan: CallPlan) -> Later[Credentials]:
     """From the thread's status, read in the freeze, and two injected questions."""
     from_status = of_status(fields)
     where = plan.reserve(4)
-    plan.must("prctl(PR_GET_PDEATHSIG)", NR.prctl, PR_GET_PDEATHSIG, where)
-    bits = plan.must("prctl(PR_GET_SECUREBITS)", NR.prctl, PR_GET_SECUREBITS)
+    plan.must("prctl(PR_GET_PDEATHSIG)", SYS.prctl, PR_GET_PDEATHSIG, where)
+    bits = plan.must("prctl(PR_GET_SECUREBITS)", SYS.prctl, PR_GET_SECUREBITS)
 
     def read() -> Credentials:
         (signal,) = struct.unpack("<i", plan.read(where, 4))
@@ -119,40 +119,40 @@ def restore(record: Credentials, now: Credentials, plan: CallPlan) -> None:
     """Plan what changes `now` (read from the target's thread) into `record`, in the order that keeps the right to go on."""
     before = msgspec.structs.replace(now, securebits=record.securebits, death_signal=record.death_signal)
     if record.securebits:
-        plan.must("prctl(PR_SET_SECUREBITS)", NR.prctl, PR_SET_SECUREBITS, record.securebits)
+        plan.must("prctl(PR_SET_SECUREBITS)", SYS.prctl, PR_SET_SECUREBITS, record.securebits)
     if before != record:
         _restore_identity(record, now, plan)
     if record.no_new_privs and not now.no_new_privs:
-        plan.must("prctl(PR_SET_NO_NEW_PRIVS)", NR.prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        plan.must("prctl(PR_SET_NO_NEW_PRIVS)", SYS.prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if record.death_signal:
         # A change of credentials clears it, so it comes after them.
-        plan.must("prctl(PR_SET_PDEATHSIG)", NR.prctl, PR_SET_PDEATHSIG, record.death_signal)
+        plan.must("prctl(PR_SET_PDEATHSIG)", SYS.prctl, PR_SET_PDEATHSIG, record.death_signal)
 
 
 def _restore_identity(record: Credentials, now: Credentials, plan: CallPlan) -> None:
     for number in range(_LAST_CAPABILITY + 1):
         if (now.bounding & ~record.bounding) >> number & 1:
-            plan.must("prctl(PR_CAPBSET_DROP)", NR.prctl, PR_CAPBSET_DROP, number, 0, 0, 0)
+            plan.must("prctl(PR_CAPBSET_DROP)", SYS.prctl, PR_CAPBSET_DROP, number, 0, 0, 0)
     if record.groups != now.groups:
         groups = plan.place(struct.pack(f"<{len(record.groups)}I", *record.groups))
-        plan.must("setgroups", NR.setgroups, len(record.groups), groups)
+        plan.must("setgroups", SYS.setgroups, len(record.groups), groups)
     if record.gids != now.gids:
-        plan.must("setresgid", NR.setresgid, *record.gids[:3])
-        plan.must("setfsgid", NR.setfsgid, record.gids[3])
+        plan.must("setresgid", SYS.setresgid, *record.gids[:3])
+        plan.must("setfsgid", SYS.setfsgid, record.gids[3])
     if record.uids != now.uids:
-        plan.must("prctl(PR_SET_KEEPCAPS)", NR.prctl, PR_SET_KEEPCAPS, 1, 0, 0, 0)
-        plan.must("setresuid", NR.setresuid, *record.uids[:3])
-        plan.must("setfsuid", NR.setfsuid, record.uids[3])
-        plan.must("prctl(PR_SET_KEEPCAPS)", NR.prctl, PR_SET_KEEPCAPS, 0, 0, 0, 0)
+        plan.must("prctl(PR_SET_KEEPCAPS)", SYS.prctl, PR_SET_KEEPCAPS, 1, 0, 0, 0)
+        plan.must("setresuid", SYS.setresuid, *record.uids[:3])
+        plan.must("setfsuid", SYS.setfsuid, record.uids[3])
+        plan.must("prctl(PR_SET_KEEPCAPS)", SYS.prctl, PR_SET_KEEPCAPS, 0, 0, 0, 0)
     header = plan.place(struct.pack("<Ii", _CAPABILITY_VERSION_3, 0))
     sets = (record.effective, record.permitted, record.inheritable)
     data = [value >> shift & 0xFFFFFFFF for shift in (0, 32) for value in sets]
-    plan.must("capset", NR.capset, header, plan.place(struct.pack("<6I", *data)))
+    plan.must("capset", SYS.capset, header, plan.place(struct.pack("<6I", *data)))
     if record.ambient != now.ambient or record.uids != now.uids:
-        plan.must("prctl(PR_CAP_AMBIENT)", NR.prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+        plan.must("prctl(PR_CAP_AMBIENT)", SYS.prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
         for number in range(_LAST_CAPABILITY + 1):
             if record.ambient >> number & 1:
-                plan.must("prctl(PR_CAP_AMBIENT)", NR.prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, number, 0, 0)
+                plan.must("prctl(PR_CAP_AMBIENT)", SYS.prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, number, 0, 0)
 
 
 def differences(record: Credentials, now: Credentials) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 
-from agent.arch import NR
+from agent.kernel.unistd import SYS
 from agent.engine.native.tasks.plan import CallPlan
 from protocol.messages import Record
 
@@ -48,4 +48,4 @@ def abort_address(section: bytes, instruction: int) -> int | None:
 def restore(record: Rseq, plan: CallPlan) -> None:
     """Register; the last step of a thread, once the memory is written: the kernel writes into it from now on."""
     if record.address:
-        plan.must("rseq", NR.rseq, record.address, record.size_bytes, record.flags, record.signature)
+        plan.must("rseq", SYS.rseq, record.address, record.size_bytes, record.flags, record.signature)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 
-from agent.arch import NR
+from agent.kernel.unistd import SYS
 from agent.engine.native.tasks.plan import CallPlan, Later
 from protocol.messages import Record
 
@@ -41,7 +41,7 @@ def dump_actions(plan: CallPlan) -> Later[SignalActions]:
     """Plan the questions, for any one thread of the process."""
     where = plan.reserve(ACTION_BYTES * len(SIGNALS))
     for index, number in enumerate(SIGNALS):
-        plan.must("rt_sigaction", NR.rt_sigaction, number, 0, where + index * ACTION_BYTES, SIGSET_BYTES)
+        plan.must("rt_sigaction", SYS.rt_sigaction, number, 0, where + index * ACTION_BYTES, SIGSET_BYTES)
 
     def read() -> SignalActions:
         data = plan.read(where, ACTION_BYTES * len(SIGNALS))
@@ -63,7 +63,7 @@ def restore_actions(record: SignalActions, plan: CallPlan) -> None:
             continue
         action = actions.get(number)
         where = default if action is None else plan.place(action)
-        plan.must("rt_sigaction", NR.rt_sigaction, number, where, 0, SIGSET_BYTES)
+        plan.must("rt_sigaction", SYS.rt_sigaction, number, where, 0, SIGSET_BYTES)
 
 
 def ignored_trap(record: SignalActions) -> bytes | None:
@@ -84,9 +84,9 @@ def restore_pending(record: PendingSignals, plan: CallPlan, *, tgid: int, tid: i
     set: setting 'ignore' throws away what is pending.   Source: rt_sigqueueinfo(2).
     """
     for info in record.shared:
-        plan.must("rt_sigqueueinfo", NR.rt_sigqueueinfo, tgid, _number(info), plan.place(info))
+        plan.must("rt_sigqueueinfo", SYS.rt_sigqueueinfo, tgid, _number(info), plan.place(info))
     for info in record.private:
-        plan.must("rt_tgsigqueueinfo", NR.rt_tgsigqueueinfo, tgid, tid, _number(info), plan.place(info))
+        plan.must("rt_tgsigqueueinfo", SYS.rt_tgsigqueueinfo, tgid, tid, _number(info), plan.place(info))
 
 
 def _number(info: bytes) -> int:

@@ -6,7 +6,7 @@ Does not survive: POSIX timers (timer_create); a process that has one is refused
 
 from __future__ import annotations
 
-from agent.arch import NR
+from agent.kernel.unistd import SYS
 from agent.engine.native.tasks.plan import CallPlan, Later
 from agent.engine.native.tasks.procfs import read_text
 from protocol.messages import Record, Refusal
@@ -39,7 +39,7 @@ def check(pid: int, container_pid: int) -> list[Refusal]:
 def dump(plan: CallPlan) -> Later[IntervalTimers]:
     where = plan.reserve(3 * ITIMER_BYTES)
     for which in range(3):
-        plan.must("getitimer", NR.getitimer, which, where + which * ITIMER_BYTES)
+        plan.must("getitimer", SYS.getitimer, which, where + which * ITIMER_BYTES)
 
     def read() -> IntervalTimers:
         data = plan.read(where, 3 * ITIMER_BYTES)
@@ -52,4 +52,4 @@ def restore(record: IntervalTimers, plan: CallPlan) -> None:
     """Start them again; last of the process's steps, because they run at once."""
     for which, value in enumerate(record.values):
         if value != _NOTHING:
-            plan.must("setitimer", NR.setitimer, which, plan.place(value), 0)
+            plan.must("setitimer", SYS.setitimer, which, plan.place(value), 0)

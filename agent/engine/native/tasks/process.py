@@ -1,0 +1,203 @@
+"""What a process has once: the addresses of its program, limits, file mode mask, directory, flags.
+
+Survives: code, data, heap, stack, argument and environment addresses (so /proc/PID/cmdline and ps are right), auxv,
+brk, umask, working directory, resource limits, dumpable, child subreaper, THP setting, personality, oom_score_adj.
+Does not survive: a working directory that was deleted (refused); accounting (CPU time, I/O counters, start time).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import struct
+
+from agent.kernel.unistd import SYS
+from agent.engine.native.tasks import procfs
+from agent.engine.native.tasks.plan import CallPlan, Later
+from protocol.errors import KernelError, UnsupportedError
+from protocol.messages import Record, Refusal
+
+# linux/prctl.h
+PR_GET_DUMPABLE = 3
+PR_SET_DUMPABLE = 4
+PR_SET_MM = 35
+PR_SET_MM_MAP = 14
+PR_SET_CHILD_SUBREAPER = 36
+PR_GET_CHILD_SUBREAPER = 37
+PR_SET_THP_DISABLE = 41
+PR_GET_THP_DISABLE = 42
+_DUMPABLE_BY_ROOT = 2
+_NO_FILE = 0xFFFFFFFF
+# struct prctl_mm_map: eleven addresses, pointer to auxv, its size, descriptor of the exe.
+_MM_MAP = struct.Struct("<11QQII")
+_LIMITS = range(16)
+_PERSONALITY_QUERY = 0xFFFFFFFF
+
+
+class MemoryMap(Record, kw_only=True):
+    """Addresses that the kernel keeps of a program.   Source: PR_SET_MM_MAP in prctl(2)."""
+
+    start_code: int
+    end_code: int
+    start_data: int
+    end_data: int
+    start_brk: int
+    brk: int
+    start_stack: int
+    arg_start: int
+    arg_end: int
+    env_start: int
+    env_end: int
+    auxv: bytes
+
+
+class Limit(Record, kw_only=True):
+    soft: int  # -1: unlimited
+    hard: int
+
+
+class ProcessAttributes(Record, kw_only=True):
+    memory_map: MemoryMap
+    limits: list[Limit]
+    umask: int
+    directory: str
+    personality: int
+    oom_score_adj: int
+    dumpable: int
+    child_subreaper: bool
+    thp_disable: int
+
+
+class ProcessFiles:
+    """The files of /proc/PID that `dump` reads in the freeze, opened before it. Raises: TaskGoneError, KernelError."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.stat = procfs.ProcFile(f"/proc/{pid}/stat")
+        self.timers = procfs.ProcFile(f"/proc/{pid}/timers")
+        self.personality = procfs.ProcFile(f"/proc/{pid}/personality")
+        self.oom_score_adj = procfs.ProcFile(f"/proc/{pid}/oom_score_adj")
+
+    def close(self) -> None:
+        """Idempotent."""
+        for file in (self.stat, self.timers, self.personality, self.oom_score_adj):
+            file.close()
+
+
+def check(pid: int, container_pid: int) -> list[Refusal]:
+    """Refuse what cannot be found again by its path."""
+    refusals = []
+    for what, name in (("cwd", "working directory"), ("exe", "program"), ("root", "root directory")):
+        link = procfs.read_link(f"/proc/{pid}/{what}")
+        if link.endswith(" (deleted)"):
+            refusals.append(
+                Refusal(
+                    code="deleted-file", pid=container_pid, object=link,
+                    message=f"process {container_pid}: its {name} {link} was deleted or replaced",
+                    hint="restart the container, so that it runs what is on disk",
+                )
+            )  # fmt: skip
+    if procfs.read_link(f"/proc/{pid}/root") != "/":
+        refusals.append(
+            Refusal(
+                code="chroot", pid=container_pid, object=procfs.read_link(f"/proc/{pid}/root"),
+                message=f"process {container_pid} has changed its root directory (chroot), which is not carried yet",
+            )
+        )  # fmt: skip
+    return refusals
+
+
+def dump(files: ProcessFiles, status: dict[str, str], plan: CallPlan) -> Later[ProcessAttributes]:
+    """Read /proc in the freeze and plan the questions that have no file there."""
+    brk = plan.must("brk", SYS.brk, 0)
+    dumpable = plan.must("prctl(PR_GET_DUMPABLE)", SYS.prctl, PR_GET_DUMPABLE)
+    subreaper = plan.reserve(4)
+    plan.must("prctl(PR_GET_CHILD_SUBREAPER)", SYS.prctl, PR_GET_CHILD_SUBREAPER, subreaper)
+    thp_disable = plan.call("prctl(PR_GET_THP_DISABLE)", SYS.prctl, PR_GET_THP_DISABLE, 0, 0, 0, 0)
+    pid = files.pid
+    stat = procfs.stat_fields(files.stat.read())
+
+    def field(number: int) -> int:
+        return int(stat[number - 3])
+
+    def read() -> ProcessAttributes:
+        return ProcessAttributes(
+            memory_map=MemoryMap(
+                start_code=field(26), end_code=field(27), start_data=field(45), end_data=field(46),
+                start_brk=field(47), brk=brk.value, start_stack=field(28), arg_start=field(48), arg_end=field(49),
+                env_start=field(50), env_end=field(51), auxv=procfs.read_bytes(f"/proc/{pid}/auxv"),
+            ),
+            limits=read_limits(pid),
+            umask=int(status["Umask"], 8),
+            directory=procfs.read_link(f"/proc/{pid}/cwd"),
+            personality=int(files.personality.read(), 16),
+            oom_score_adj=int(files.oom_score_adj.read()),
+            dumpable=dumpable.value,
+            child_subreaper=plan.read(subreaper, 4) != bytes(4),
+            thp_disable=0 if thp_disable.errno else thp_disable.value,
+        )  # fmt: skip
+
+    return read
+
+
+def read_limits(pid: int) -> list[Limit]:
+    """All resource limits, in the order of their numbers."""
+    return [Limit(soft=soft, hard=hard) for soft, hard in (resource.prlimit(pid, number) for number in _LIMITS)]
+
+
+def restore(record: ProcessAttributes, plan: CallPlan) -> None:
+    """Plan the process's own calls. `dumpable` has its own step: a change of credentials clears it."""
+    the_map = record.memory_map
+    auxv = plan.place(the_map.auxv)
+    plan.must(
+        "prctl(PR_SET_MM_MAP)", SYS.prctl, PR_SET_MM, PR_SET_MM_MAP,
+        plan.place(
+            _MM_MAP.pack(
+                the_map.start_code, the_map.end_code, the_map.start_data, the_map.end_data, the_map.start_brk,
+                the_map.brk, the_map.start_stack, the_map.arg_start, the_map.arg_end, the_map.env_start,
+                the_map.env_end, auxv, len(the_map.auxv), _NO_FILE,
+            )
+        ),
+        _MM_MAP.size, 0,
+    )  # fmt: skip
+    plan.must("umask", SYS.umask, record.umask)
+    plan.must("personality", SYS.personality, record.personality)
+    plan.must(f"chdir({record.directory})", SYS.chdir, plan.place(os.fsencode(record.directory) + b"\0"))
+    if record.child_subreaper:
+        plan.must("prctl(PR_SET_CHILD_SUBREAPER)", SYS.prctl, PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    if record.thp_disable:
+        plan.must(
+            "prctl(PR_SET_THP_DISABLE)", SYS.prctl, PR_SET_THP_DISABLE, record.thp_disable & 1,
+            record.thp_disable & ~1, 0, 0,
+        )  # fmt: skip
+
+
+def restore_dumpable(record: ProcessAttributes, plan: CallPlan) -> None:
+    """After the credentials. 'Readable by root only' cannot be set; the nearest that can is 'not at all'."""
+    value = 0 if record.dumpable == _DUMPABLE_BY_ROOT else record.dumpable
+    plan.must("prctl(PR_SET_DUMPABLE)", SYS.prctl, PR_SET_DUMPABLE, value, 0, 0, 0)
+
+
+def restore_from_outside(record: ProcessAttributes, pid: int) -> None:
+    """Limits and OOM score, set by us. Raises: UnsupportedError, KernelError."""
+    for number, (wanted, now) in enumerate(zip(record.limits, read_limits(pid), strict=True)):
+        if wanted == now:
+            continue
+        try:
+            resource.prlimit(pid, number, (wanted.soft, wanted.hard))
+        except (PermissionError, ValueError) as error:
+            raise UnsupportedError(
+                f"resource limit {number} cannot be set to {wanted.soft} (hard {wanted.hard}) on the target, "
+                f"where it is {now.soft} (hard {now.hard}): {error}",
+                code="rlimit", hint="give the target's agent CAP_SYS_RESOURCE, or set the limit in config.json",
+            ) from error  # fmt: skip
+    path = f"/proc/{pid}/oom_score_adj"
+    with contextlib.suppress(FileNotFoundError), open(path, "r+", encoding="ascii") as file:  # noqa: PTH123
+        if int(file.read()) != record.oom_score_adj:
+            file.seek(0)
+            try:
+                file.write(str(record.oom_score_adj))
+                file.flush()
+            except OSError as error:
+                raise KernelError(f"write {record.oom_score_adj} to {path}", error.errno or 0, error.strerror or "") from error

@@ -1,0 +1,76 @@
+"""Which processes belong to a container.
+
+One process for now: `check` refuses more. Records carry a task number, so that a tree can come.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from agent.engine.native.tasks import procfs
+from protocol.errors import TaskGoneError
+from protocol.messages import Refusal
+
+# The number of the container's init; its relatives will follow.
+INIT_TASK = 0
+
+
+def children_of(pid: int) -> list[int]:
+    """Host pids of the children of all threads of `pid`. Raises: TaskGoneError.   Source: proc_tid_children(5)."""
+    found = []
+    for tid in procfs.thread_ids(pid):
+        try:
+            found += [int(word) for word in procfs.read_text(f"/proc/{pid}/task/{tid}/children").split()]
+        except TaskGoneError:
+            continue
+    return found
+
+
+def processes_of(init_pid: int) -> list[int]:
+    """Host pids of everything in the pid namespace of `init_pid`, the init first.
+
+    A child of the init, and a session that the runtime entered from outside. Raises: TaskGoneError.
+    """
+    wanted = procfs.read_link(f"/proc/{init_pid}/ns/pid")
+    found = [init_pid]
+    if wanted == procfs.read_link("/proc/self/ns/pid"):
+        # It shares our namespace (a test, or a runtime told so): its descendants are what is its own.
+        for pid in found:
+            found += children_of(pid)
+        return found
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != init_pid:
+            try:
+                if Path(f"/proc/{entry}/ns/pid").readlink().as_posix() == wanted:
+                    found.append(int(entry))
+            except OSError:
+                continue  # it has ended
+    return found
+
+
+def container_id_of(host_id: int) -> int:
+    """A pid or tid as the innermost namespace has it. Raises: TaskGoneError."""
+    fields = procfs.status_fields(procfs.read_text(f"/proc/{host_id}/status"))
+    return int(fields["NSpid"].split()[-1])
+
+
+def check(init_pid: int) -> list[Refusal]:
+    """Refuse more than one process."""
+    refusals = []
+    for pid in processes_of(init_pid)[1:]:
+        try:
+            status = procfs.status_fields(procfs.read_text(f"/proc/{pid}/status"))
+        except TaskGoneError:
+            continue
+        own = int(status["NSpid"].split()[-1])
+        is_ours = int(status["PPid"]) != 0
+        name = status["Name"]
+        refusals.append(
+            Refusal(
+                code="process-tree", pid=own, object=name,
+                message=f"process {own} ({name}) runs beside the container's init; one process is carried so far",
+                hint="" if is_ours else "a session entered from outside (exec, health check) must end first",
+            )
+        )  # fmt: skip
+    return refusals

@@ -1,0 +1,1 @@
+"""Kernel interfaces, one file a system-call family. No policy here: what the kernel offers, typed, with its errors named."""

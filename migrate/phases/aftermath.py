@@ -1,0 +1,61 @@
+"""The link to the source was lost in the cut-over: learn from the journals how it ended."""
+
+from __future__ import annotations
+
+import trio
+
+from migrate.errors import failure_of
+from migrate.phases.session import RETRY_S, Session, ask_even_if_lost
+from protocol import messages as m
+from protocol.errors import InDoubtError, MigrateError, PeerError, RolledBackError
+from protocol.states import Side, State
+
+REACH_S = 20.0  # A restarted agent settles its journal within seconds.
+
+_SOURCE_HAS_IT = frozenset({State.ABORTED, State.RECLAIMED})
+_TARGET_RUNS_IT = frozenset({State.RUNNING, State.FINISHED, State.FORCED})
+
+
+async def find_out(session: Session, lost: Exception) -> m.CutOverReport:
+    """Ask the source, then the target, for at most 2 x REACH_S. Never raises MigrateError: doubt is an outcome."""
+    source: State | None = None
+    with trio.move_on_after(REACH_S):
+        while True:
+            try:
+                source = await _state_of(session, Side.SOURCE, within_s=REACH_S)
+            except MigrateError:
+                break  # the target may know
+            if source in _SOURCE_HAS_IT:
+                error = RolledBackError(f"the link to the source was lost in the cut-over ({lost}), which undid it")
+                return m.CutOverReport(outcome="rolled-back", error=failure_of(error))
+            if source in _TARGET_RUNS_IT:
+                return m.CutOverReport(outcome="running")
+            await trio.sleep(RETRY_S)  # the source decides alone, within its freeze budget
+    try:
+        target = await _state_of(session, Side.TARGET, within_s=REACH_S)
+    except MigrateError:
+        target = None
+    if target in _TARGET_RUNS_IT:
+        return m.CutOverReport(outcome="running")
+    if target is State.DISCARDED and source is not State.COMMITTED:
+        error = RolledBackError(f"the link to the source was lost in the cut-over ({lost}); the target has discarded")
+        return m.CutOverReport(outcome="rolled-back", error=failure_of(error))
+    doubt = InDoubtError(
+        f"the link to the source was lost in the cut-over ({lost}); its journal says {_word(source)}, that of "
+        f"{session.target.name} {_word(target)}"
+    )
+    return m.CutOverReport(outcome="in-doubt", error=failure_of(doubt))
+
+
+async def _state_of(session: Session, side: Side, *, within_s: float) -> State:
+    link = session.source if side is Side.SOURCE else session.target
+    ask = m.GetStatus(migration=session.migration)
+    reply = await ask_even_if_lost(session, link, ask, m.StatusReply, within_s=within_s)
+    for status in reply.migrations:
+        if status.migration == session.migration and status.side == side.value:
+            return State(status.state)
+    raise PeerError(f"does not know migration {session.migration}", code="no-such-migration", host=link.name)
+
+
+def _word(state: State | None) -> str:
+    return state.value if state is not None else "nothing (not reached)"
