@@ -10,7 +10,7 @@ PYTEST := $(PY) -m pytest
 .PHONY: help setup demo fmt lint types unit kernel survival e2e bench docs test ci clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  \033[1m%-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  Options for pytest, the demo or the benchmark go in ARGS, as in: make e2e ARGS="-k abort -x"'
 
 $(READY): pyproject.toml scripts/setup.sh
@@ -50,7 +50,7 @@ bench: $(READY) ## downtime against memory, dirty rate and link (root)
 	@$(PY) -m benchmarks.downtime $(ARGS)
 
 docs: $(READY) ## write the reference pages that are made from the code
-	@$(PY) scripts/reference.py
+	@$(PY) docs/generate.py
 
 test: $(READY) lint ## everything that must pass: lint, then all suites with one closing summary (root)
 	@$(PYTEST) $(ARGS)

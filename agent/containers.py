@@ -201,21 +201,19 @@ def report(found: Found, *, storage: str, tcp: str, network: str, bridge: str) -
         )
     config_json = read_config(item.bundle)
     checked = engine_check.check_container(item.pid, storage=storage, tcp=tcp, network=network)
-    net = network_inspect.read_network(item.pid, bridge)
-    named = network_inspect.named_namespace_of(item.pid, parse_config(config_json))
-    if named:
-        net = msgspec.structs.replace(net, path=named)
+    named = network_inspect.named_namespace_of(item.pid, config_json)
+    net = network_inspect.inspect_network(item.pid, bridge, path=named)
     root_fd = os.open(f"/proc/{item.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         files = identify(root_fd, checked.files)
     finally:
         os.close(root_fd)
-    refusals = [*checked.refusals, *(network_inspect.problems(net) if network == "keep" else [])]
+    refusals = [*checked.refusals, *(net.refusals if network == "keep" else [])]
     return ContainerReport(
         name=item.name, runtime=found.runtime.kind, status=item.status, pid=item.pid, bundle=item.bundle,
         config_json=config_json, memory_bytes=checked.memory_bytes, mapped_bytes=checked.mapped_bytes,
         memory_limit=memory_limit(item.pid), processes=checked.processes, threads=checked.threads,
-        connections=checked.connections, files=files, network=net, refusals=refusals,
+        connections=checked.connections, files=files, network=net.network, refusals=refusals,
         warnings=list(checked.warnings), executable=os.readlink(f"/proc/{item.pid}/exe"),
         monotonic_offset_ns=timens.monotonic_offset_ns(item.pid) - timens.monotonic_offset_ns(os.getpid()),
     )  # fmt: skip

@@ -25,13 +25,19 @@ from protocol.framing import Frame, FrameDecoder, FrameKind, encode_frame
 # The kernel's SCM_MAX_FD is 253; a frame carries at most this many.
 MAX_FDS_PER_FRAME = 250
 _READ_BYTES = 1 << 18
+_BUFFER_BYTES = 4 << 20
+# asm-generic/socket.h: as SO_SNDBUF, above net.core.wmem_max (200 KiB as it comes); needs CAP_NET_ADMIN.
+_SO_SNDBUFFORCE = 32
 
 
 def make_pair() -> tuple[socket.socket, socket.socket]:
     """Two connected sockets with room for a frame of pages, so that a sender seldom blocks."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     for end in (ours, theirs):
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        try:
+            end.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER_BYTES)
+        except PermissionError:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
     return ours, theirs
 
 
@@ -199,8 +205,8 @@ class AsyncPort(_Receiver):
             self.closed = True
             self._loop.remove_reader(self.socket.fileno())
             self._loop.remove_writer(self.socket.fileno())
-            self._out.clear()
-            self._drained.set()
+            # Everything that waits here waits with descriptors of its own.
+            self._drop_unsent()
             self._close()
 
     def _readable(self) -> None:
@@ -208,7 +214,8 @@ class AsyncPort(_Receiver):
             self._read()
         except PortClosedError:
             self._dispatch()
-            self._lost()
+            if not self._paused:  # else `resume` looks again: what is left is to be taken first
+                self._lost()
             return
         self._dispatch()
 
@@ -234,12 +241,12 @@ class AsyncPort(_Receiver):
                 return
             except OSError:
                 # The reader sees the end of the stream as well, and reports it once.
-                self._out.clear()
+                if not owned:
+                    self._out.popleft()
+                self._drop_unsent()
                 break
-            if fds and owned:
-                for fd in fds:
-                    with contextlib.suppress(OSError):
-                        os.close(fd)
+            if owned:
+                _close_all(fds)
             owned = True
             if sent < len(data):
                 self._out[0] = (data[sent:], [])
@@ -250,3 +257,14 @@ class AsyncPort(_Receiver):
 
     def _writable(self) -> None:
         self._flush(owned=True)
+
+    def _drop_unsent(self) -> None:
+        while self._out:
+            _close_all(self._out.popleft()[1])
+        self._drained.set()
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)

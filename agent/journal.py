@@ -83,12 +83,14 @@ class Undo:
 
 
 def _start_time(pid: int) -> int:
-    """Start time of a process in clock ticks, 0 when it is gone. Source: proc_pid_stat(5), field 22."""
+    """Start time of a process in clock ticks, 0 when it has ended. Source: proc_pid_stat(5), fields 3 and 22."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return 0
-    return int(stat[stat.rindex(")") + 2 :].split()[19])
+    fields = stat[stat.rindex(")") + 2 :].split()
+    # A dead agent may wait for a parent that is slow to reap it.
+    return 0 if fields[0] in {"Z", "X"} else int(fields[19])
 
 
 class Journal:
@@ -113,6 +115,13 @@ class Journal:
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        try:
+            yield self._db
+        except (sqlite3.Error, ValueError) as error:  # ValueError: a state or JSON that this version does not know
+            raise MigrateError(f"the journal cannot be read: {error}", code="journal") from error
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -182,6 +191,7 @@ class Journal:
     def adopt(self, migration: str, side: Side) -> None:
         """This process drives it from now on."""
         with self._transaction() as db:
+            self._one(db, migration, side)
             db.execute(
                 "UPDATE migrations SET driver_pid=?, driver_start=? WHERE migration=? AND side=?",
                 (*self._driver, migration, side.value),
@@ -201,11 +211,12 @@ class Journal:
 
     def pending_undo(self, migration: str, side: Side) -> list[Undo]:
         """What has to be taken back, newest first."""
-        rows = self._db.execute(
-            "SELECT number, kind, arguments FROM undo WHERE migration=? AND side=? ORDER BY number DESC",
-            (migration, side.value),
-        )
-        return [Undo(kind, json.loads(arguments), number) for number, kind, arguments in rows]
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT number, kind, arguments FROM undo WHERE migration=? AND side=? ORDER BY number DESC",
+                (migration, side.value),
+            )
+            return [Undo(kind, json.loads(arguments), number) for number, kind, arguments in rows]
 
     def forget_undo(self, *numbers: int) -> None:
         """These are taken back, or no longer to be taken back."""
@@ -214,23 +225,27 @@ class Journal:
 
     def find(self, migration: str, side: Side) -> Entry | None:
         """One side of one migration."""
-        rows = self._select(self._db, "migration = ? AND side = ?", (migration, side.value))
+        rows = self._read("migration = ? AND side = ?", (migration, side.value))
         return rows[0] if rows else None
 
     def entries(self, migration: str = "", *, unfinished_only: bool = False) -> list[Entry]:
         """All, newest first, or those of one migration (both sides may be here in a test)."""
-        rows = self._select(self._db, "? IN ('', migration)", (migration,))
+        rows = self._read("? IN ('', migration)", (migration,))
         return [entry for entry in rows if not (unfinished_only and entry.is_final)]
 
     def unsettled(self) -> list[Entry]:
         """Those that are not final, and final ones with effects not taken back yet."""
-        rows = self._select(self._db, "1", ())
+        rows = self._read("1", ())
         return [entry for entry in rows if not entry.is_final or self.pending_undo(entry.migration, entry.side)]
 
     def holder(self, container: str) -> Entry | None:
         """The unfinished migration that locks a container."""
-        rows = self._select(self._db, "container = ?", (container,))
+        rows = self._read("container = ?", (container,))
         return next((entry for entry in rows if not entry.is_final), None)
+
+    def _read(self, where: str, arguments: tuple[object, ...]) -> list[Entry]:
+        with self._reading() as db:
+            return self._select(db, where, arguments)
 
     def _one(self, db: sqlite3.Connection, migration: str, side: Side) -> Entry:
         rows = self._select(db, "migration = ? AND side = ?", (migration, side.value))

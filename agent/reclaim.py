@@ -25,7 +25,7 @@ from agent.kernel.freezer import Freezer
 from agent.network import build, cut
 from agent.runtimes.oci import open_runtime
 from protocol.errors import InDoubtError, MigrateError, TaskGoneError, UsageError
-from protocol.messages import ContainerReport
+from protocol.messages import ContainerReport, Interface
 from protocol.states import TRANSITIONS, Event, Side, State, may_abort
 
 _log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ _DEATH_TIMEOUT_S = 10.0
 
 
 def facts_of_source(
-    host: Host, report: ContainerReport, freezer: Freezer, plans: Sequence[base.CutPlan]
+    host: Host, report: ContainerReport, freezer: Freezer, interfaces: Sequence[Interface]
 ) -> dict[str, Any]:
     """All that the functions below need, for the journal."""
     runtime = host.runtime(report.runtime)
@@ -46,9 +46,8 @@ def facts_of_source(
         "freezer": freezer.paths,
         "pids": [report.pid],
         "runtime": [runtime.kind, runtime.root, report.name],
-        "cuts": [cut.undo_arguments(plan) for plan in plans],
-        "namespace": report.network.path if plans else "",
-        "host_names": [plan.host_name for plan in plans],
+        "cuts": [undo.uncut(interface).arguments for interface in interfaces],
+        "namespace": report.network.path if interfaces else "",
     }
 
 
@@ -89,9 +88,9 @@ def delete_source_container(facts: Mapping[str, Any]) -> None:
 
 def forget_source_network(facts: Mapping[str, Any]) -> None:
     """Remove catchers, veths and the named namespace: they live on the target now."""
-    for arguments in facts["cuts"]:
-        cut.remove_catcher(arguments)
-    build.remove_network(namespace_path=facts["namespace"], host_names=facts["host_names"])
+    for names in facts["cuts"]:
+        cut.remove_catcher(names["catcher"])
+    build.remove_network(facts["namespace"], *(names["host_name"] for names in facts["cuts"]))
 
 
 async def settle_source(host: Host, migration: str, peer_state: State, peer_epoch: int) -> State:
@@ -137,7 +136,7 @@ def undo_of_committed(facts: Mapping[str, Any]) -> list[undo.Undo]:
     return [
         undo.thaw(facts["freezer"]),
         undo.repair_off(facts["pids"]),
-        *(undo.uncut(**arguments) for arguments in facts["cuts"]),
+        *(undo.Undo("uncut", names) for names in facts["cuts"]),
     ]
 
 
@@ -145,7 +144,7 @@ def undo_of_committed(facts: Mapping[str, Any]) -> list[undo.Undo]:
 
 
 def facts_of_restored(
-    freezer: Freezer, restored: base.TargetRestored, networks: Sequence[build.BuiltNetwork]
+    freezer: Freezer, restored: base.TargetRestored, networks: Sequence[build.BuiltNetwork], bridge: str
 ) -> dict[str, Any]:
     """All that `run_target` needs, for the journal."""
     return {
@@ -153,7 +152,8 @@ def facts_of_restored(
         "repaired": [
             [socket.pid, socket.fd, base64.b64encode(socket.unsent).decode("ascii")] for socket in restored.repaired
         ],
-        "networks": [network.facts() for network in networks],
+        "host_names": [name for network in networks for name in network.host_names],
+        "bridge": bridge,
     }
 
 
@@ -165,8 +165,8 @@ def activate_sockets(sockets: Sequence[base.RepairedSocket]) -> None:
 
 def run_target(facts: Mapping[str, Any]) -> None:
     """What COMMIT means, for an agent that was started anew: attach, announce, activate, thaw."""
-    for arguments in facts["networks"]:
-        build.attach_by_facts(arguments)
+    for host_name in facts["host_names"]:
+        build.attach_by_name(host_name, facts["bridge"])
     activate_sockets(
         [base.RepairedSocket(pid=pid, fd=fd, unsent=base64.b64decode(unsent)) for pid, fd, unsent in facts["repaired"]]
     )

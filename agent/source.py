@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from agent import containers, reclaim, undo
@@ -18,7 +17,7 @@ from agent.engine import base
 from agent.host import Host
 from agent.journal import Undo
 from agent.kernel.freezer import Freezer
-from agent.network import build, cut
+from agent.network import capture
 from agent.worker import Workers
 from protocol import messages as m
 from protocol.errors import AbortedError, InDoubtError, MigrateError, NotConvergedError, UnsupportedError, family_of
@@ -131,35 +130,29 @@ class SourceMigration:
 
     # ------------------------------------------------------------ cut-over
 
-    def _cut_plans(self) -> list[base.CutPlan]:
+    @property
+    def _interfaces(self) -> list[m.Interface]:
+        """What is cut off its bridge in the freeze."""
         if self._request.network != "keep":
             return []
-        return [
-            base.CutPlan(
-                host_name=interface.host_name, bridge=interface.bridge, catcher_name=f"mc{self.id[-10:]}{index}",
-                macs=[interface.mac], addresses=[address.address for address in interface.addresses],
-            )
-            for index, interface in enumerate(self._report.network.interfaces)
-            if interface.bridge
-        ]  # fmt: skip
+        return [interface for interface in self._report.network.interfaces if interface.bridge]
 
-    def _undo_of_cut_over(self, plans: Sequence[base.CutPlan]) -> list[Undo]:
+    def _undo_of_cut_over(self) -> list[Undo]:
         """Newest is undone first: network back, sockets out of repair mode, and only then the thaw."""
         return [
             undo.thaw(self._freezer.paths),
             undo.repair_off([self._report.pid]),
-            *(undo.uncut(**cut.undo_arguments(plan)) for plan in plans),
+            *(undo.uncut(interface) for interface in self._interfaces),
         ]
 
     async def cut_over(self, request: m.CutOver) -> m.CutOverReport:
         """Freeze, dump, commit. Before COMMITTED every failure ends with the container running here."""
         live = self._live
-        plans = self._cut_plans()
-        facts = reclaim.facts_of_source(self._host, self._report, self._freezer, plans)
-        self._host.journal.move(self.id, _SIDE, Event.FREEZE, facts=facts, undo=self._undo_of_cut_over(plans))
+        facts = reclaim.facts_of_source(self._host, self._report, self._freezer, self._interfaces)
+        self._host.journal.move(self.id, _SIDE, Event.FREEZE, facts=facts, undo=self._undo_of_cut_over())
         self._in_cut_over = True
         try:
-            frozen, dumped, restored, parts = await self._freeze_until_restored(live, request, plans)
+            frozen, dumped, restored, parts = await self._freeze_until_restored(live, request)
         except (MigrateError, TimeoutError) as error:
             self._in_cut_over = False
             reason = self._reason(error, request)
@@ -172,10 +165,10 @@ class SourceMigration:
         return await self._commit(live, frozen, dumped, restored, parts)
 
     async def _freeze_until_restored(
-        self, live: Workers, request: m.CutOver, plans: list[base.CutPlan]
+        self, live: Workers, request: m.CutOver
     ) -> tuple[base.SourceFrozen, base.SourceDumped, m.LinkRestored, dict[str, float]]:
         frozen = await live.engine.ask(
-            base.SourceCutOver(freeze_budget_s=request.freeze_budget_s, cut=plans), base.SourceFrozen
+            base.SourceCutOver(freeze_budget_s=request.freeze_budget_s, cut=self._interfaces), base.SourceFrozen
         )
         spent_s = (time.monotonic_ns() - frozen.monotonic_ns) / 1e9
         async with asyncio.timeout(max(0.0, request.freeze_budget_s - spent_s)):
@@ -316,7 +309,7 @@ class SourceMigration:
             if not interface.bridge:
                 continue
             try:
-                with await asyncio.to_thread(build.inject_socket, interface.host_name) as inject:
+                with capture.open_injector(interface.host_name) as inject:
                     async with asyncio.timeout(_THAW_TIMEOUT_S):
                         await live.stream.ask(base.StreamReplay(), base.StreamReplayed, fds=[inject.fileno()])
             except (MigrateError, OSError, TimeoutError) as error:

@@ -16,6 +16,7 @@ from agent.engine import base
 from agent.host import Host
 from agent.kernel.freezer import Freezer
 from agent.network import build
+from agent.network.namespaces import is_named_namespace
 from agent.runtimes.base import RuntimeContainer
 from agent.source import failure_of
 from agent.worker import Workers
@@ -96,16 +97,19 @@ class TargetMigration:
                 hint="choose another with --name, or delete that one",
             )  # fmt: skip
         network = report.network
-        host_names = [f"mg{self.id[-10:]}{index}" for index in range(len(network.interfaces))]
+        host_name = f"mg{self.id[-10:]}"
+        host_names = build.host_names_for(network, host_name)
         bring_network = self._request.keep_network and network.kind == "namespace"
         undo_steps = [undo.restore_config(report.bundle, report.config_json.decode("utf-8"))]
         if bring_network:
-            undo_steps.append(undo.remove_network(network.path, host_names))
+            # A namespace that was there before is somebody else's to remove.
+            made_here = network.path if not is_named_namespace(network.path) else ""
+            undo_steps.append(undo.remove_network(made_here, host_names))
         undo_steps.append(undo.delete_container(runtime.kind, runtime.root, self.container))
         self._host.journal.undo_ahead(self.id, _SIDE, *undo_steps)
 
         if bring_network and network.path:
-            await self._build_network(network, host_names, pid=None)
+            await self._build_network(network, host_name, pid=None)
         log_path = self._host.state_dir / "logs" / f"{self.container}.log"
         log_path.parent.mkdir(parents=True, exist_ok=True)
         undo.write_config(report.bundle, self._config_for_interception())
@@ -116,24 +120,20 @@ class TargetMigration:
             )
         )  # fmt: skip
         if bring_network and not network.path:
-            await self._build_network(network, host_names, pid=made.pid)
+            await self._build_network(network, host_name, pid=made.pid)
         await self._live.engine.ask(
             base.TargetIntercept(pid=made.pid, start_argv=runtime.start_argv(self.container)), base.TargetIntercepted
         )
         undo.write_config(report.bundle, report.config_json.decode("utf-8"))
         self._freezer = Freezer.of(made.pid)
         if self._networks:
-            inject = self._networks[0].inject_socket()
-            try:
-                self._live.stream.port.send(base.StreamInject(), [inject.fileno()])
-            finally:
-                inject.close()
+            self._live.stream.port.send(base.StreamInject(), [self._networks[0].inject_socket().fileno()])
 
-    async def _build_network(self, network: m.Network, host_names: list[str], *, pid: int | None) -> None:
+    async def _build_network(self, network: m.Network, host_name: str, *, pid: int | None) -> None:
         built = await asyncio.to_thread(
             lambda: build.create_network(
                 network, namespace_path=network.path or None, pid=pid,
-                bridge=self._host.settings.network.bridge, host_names=host_names,
+                bridge=self._host.settings.network.bridge, host_name=host_name,
             )
         )  # fmt: skip
         self._networks.append(built)
@@ -157,7 +157,9 @@ class TargetMigration:
             self._host.journal.move(self.id, _SIDE, Event.ARMED)
             restored = await live.engine.inbox.get(base.TargetRestored)
             clock = time.monotonic_ns()
-            facts = reclaim.facts_of_restored(self._freezer, restored, self._networks)
+            facts = reclaim.facts_of_restored(
+                self._freezer, restored, self._networks, self._host.settings.network.bridge
+            )
             self._host.journal.move(self.id, _SIDE, Event.FREEZE, Event.RESTORED, facts=facts)
             parts = dict(restored.parts)
             parts["target journal restored"] = (time.monotonic_ns() - clock) / 1e6
@@ -184,6 +186,7 @@ class TargetMigration:
         for network in self._networks:
             network.attach()
             network.announce()
+        self._live.stream.port.send(base.StreamAttached())
         mark()
         reclaim.activate_sockets(restored.repaired)
         mark()

@@ -18,6 +18,7 @@ from agent.kernel.freezer import Freezer
 from agent.network import build, cut
 from agent.runtimes.oci import open_runtime
 from protocol.errors import MigrateError, TaskGoneError
+from protocol.messages import Interface
 from protocol.states import Side
 
 _log = logging.getLogger(__name__)
@@ -33,9 +34,12 @@ def repair_off(pids: list[int]) -> Undo:
     return Undo("repair-off", {"pids": pids})
 
 
-def uncut(**names: Any) -> Undo:
+def uncut(interface: Interface) -> Undo:
     """The container's bridge port may be off the bridge and a catcher in its place."""
-    return Undo("uncut", names)
+    return Undo(
+        "uncut",
+        {"host_name": interface.host_name, "bridge": interface.bridge, "catcher": cut.catcher_name(interface)},
+    )
 
 
 def delete_container(kind: str, root: str, name: str) -> Undo:
@@ -77,7 +81,7 @@ def _delete_container(arguments: Mapping[str, Any]) -> None:
 
 
 def _remove_network(arguments: Mapping[str, Any]) -> None:
-    build.remove_network(namespace_path=arguments["namespace_path"], host_names=arguments["host_names"])
+    build.remove_network(arguments["namespace_path"], *arguments["host_names"])
 
 
 def write_config(bundle: str, config: str | None) -> None:

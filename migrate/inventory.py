@@ -137,6 +137,24 @@ def parse(text: str, path: Path) -> Inventory:
     return Inventory(path, {name: _host(name, table, defaults, path, lines) for name, table in tables.items()})
 
 
+def reach(path: Path, name: str) -> tuple[str, int]:
+    """Address and TCP port of a host whose key need not be known yet.
+
+    Raises: UsageError: the file or that host is of no use.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"cannot read the inventory {path}: {error}", code="inventory") from error
+    table = document.get("hosts", {}).get(name)
+    if not isinstance(table, dict) or not isinstance(table.get("address"), str):
+        raise UsageError(f"{path}: there is no host {name} with an address", code="unknown-host")
+    port = table.get("port", document.get("defaults", {}).get("port", SSH_PORT))
+    if not isinstance(port, int):
+        raise UsageError(f"{path}: hosts.{name}.port is not a number", code="inventory")
+    return table["address"], port
+
+
 def _host(name: str, table: object, defaults: Mapping[str, object], path: Path, lines: list[str]) -> Host:
     section = f"hosts.{name}"
     own = _table(table, path, lines, section)
@@ -214,7 +232,7 @@ def _line_of(lines: list[str], section: str, key: str) -> int:
     """
     current = ""
     for number, line in enumerate(lines, 1):
-        header = _section_of(line)
+        header = section_of(line)
         if header is not None:
             current = header
             if (header == section and not key) or (not section and header.split(".")[0] == key):
@@ -224,7 +242,8 @@ def _line_of(lines: list[str], section: str, key: str) -> int:
     return 0
 
 
-def _section_of(line: str) -> str | None:
+def section_of(line: str) -> str | None:
+    """The section that a line of TOML opens ('defaults', 'hosts.hostA'); None: it opens none."""
     named = _HEADER.match(line)
     if named:
         return f"hosts.{named[1] or named[2] or named[3]}"

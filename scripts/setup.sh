@@ -6,6 +6,15 @@ cd "$(dirname "$0")/.."
 
 say() { echo "setup: $*"; }
 
+# What the command says is shown only if it fails.
+quietly() {
+    if ! output=$("$@" 2>&1); then
+        echo "$output" >&2
+        say "failed: $*" >&2
+        exit 1
+    fi
+}
+
 # A program (or a file) that must be there, and the Debian package that has it.
 needed='
 /usr/bin/python3        python3
@@ -62,9 +71,9 @@ if [ -n "$missing" ]; then
         $as_root chmod 0755 $policy
         trap '$as_root rm -f $policy' EXIT
     fi
-    $as_root apt-get -qq update
+    quietly $as_root apt-get -q update
     # shellcheck disable=SC2086 -- a list of words
-    DEBIAN_FRONTEND=noninteractive $as_root apt-get -qq -y --no-install-recommends install $missing
+    quietly $as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends install $missing
     python=$(find_python)
 fi
 if [ -z "$python" ]; then
@@ -78,5 +87,5 @@ if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/d
     "$python" -m venv .venv
 fi
 say "installing the project and its tools into .venv (pip install -e .[dev])"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+quietly .venv/bin/python -m pip install --disable-pip-version-check -e '.[dev]'
 say "done"

@@ -8,19 +8,9 @@ repair mode, detach; target: the tasks die by EXITKILL) and exits.
 
 from __future__ import annotations
 
-from protocol.messages import Count, Failure, Message, Record, RoundReport, Text
+from protocol.messages import Count, Failure, Interface, Message, Record, RoundReport, Text
 
 # ---------------------------------------------------------------- service to the source's engine
-
-
-class CutPlan(Record, kw_only=True):
-    """What of the network is cut in the freeze, by names only: enough to undo it without any open object."""
-
-    host_name: Text  # host end of the container's veth
-    bridge: Text
-    catcher_name: Text  # the catcher's bridge port; its other end is named by agent.network.cut
-    macs: list[Text]
-    addresses: list[Text]
 
 
 class SourceArm(Message, kw_only=True):
@@ -54,7 +44,7 @@ class SourceCutOver(Message, kw_only=True):
     """
 
     freeze_budget_s: float
-    cut: list[CutPlan]
+    cut: list[Interface]  # cut off in the freeze by agent.network.cut; the service has written the undo ahead
 
 
 class SourceFrozen(Message, kw_only=True):
@@ -233,6 +223,13 @@ class StreamInject(Message, kw_only=True):
     """Target: one descriptor comes with it, the AF_PACKET socket into the container. No answer."""
 
 
+class StreamAttached(Message, kw_only=True):
+    """Target, at the commit: the container is on the network. No answer.
+
+    Packets that are answered at once (ARP, a new connection's SYN) are kept until then, or the answer is lost.
+    """
+
+
 class StreamMakeKey(Message, kw_only=True):
     """Source: make the client key of this migration, in memory. Answer: StreamKey."""
 
@@ -281,7 +278,7 @@ class StreamCounters(Message, kw_only=True):
 
 
 ToStream = (
-    StreamListen | StreamInject | StreamMakeKey | StreamConnect | StreamReplay | StreamGetCounters
+    StreamListen | StreamInject | StreamAttached | StreamMakeKey | StreamConnect | StreamReplay | StreamGetCounters
 )  # fmt: skip
 FromStream = (
     StreamListening | StreamKey | StreamUp | StreamReplayed | StreamCounters | StreamFailed

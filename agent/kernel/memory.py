@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Buffer, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from agent.kernel.syscalls import IoVector, failure, get_errno, libc, os_failure
@@ -30,7 +30,7 @@ for _function in (_readv, _writev):
 IOV_MAX = 1024  # linux/uio.h, UIO_MAXIOV
 
 
-def _pinned(data: Buffer) -> tuple[int, int, Any]:
+def _pinned(data: bytes | bytearray | memoryview) -> tuple[int, int, Any]:
     """(address, size, owner) of a buffer in our memory; valid while the owner is alive."""
     if isinstance(data, bytes):
         pointer = ctypes.c_char_p(data)
@@ -53,7 +53,7 @@ def process_vm_read(pid: int, address: int, size_bytes: int) -> bytes:
     return buffer.raw
 
 
-def process_vm_write(pid: int, address: int, data: Buffer) -> None:
+def process_vm_write(pid: int, address: int, data: bytes | bytearray | memoryview) -> None:
     """Raises: KernelError: EFAULT, not all of it is mapped and writable. TaskGoneError."""
     base, size, owner = _pinned(data)
     local = IoVector(base, size)
@@ -64,7 +64,7 @@ def process_vm_write(pid: int, address: int, data: Buffer) -> None:
     del owner
 
 
-def process_vm_writev(pid: int, runs: Sequence[tuple[int, int]], data: Buffer) -> None:
+def process_vm_writev(pid: int, runs: Sequence[tuple[int, int]], data: bytes | bytearray | memoryview) -> None:
     """Scatter one buffer over `runs` of (address, size in bytes), in their order.
 
     Raises: KernelError: EFAULT with the run that failed, or EINVAL when the sizes do not add up. TaskGoneError.

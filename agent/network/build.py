@@ -18,7 +18,7 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 from agent.network import capture, links, routes, sysctls
-from agent.network.frames import announcements, mac_bytes
+from agent.network.frames import announcements, mac_bytes, mac_text
 from agent.network.namespaces import (
     create_named_namespace,
     inside,
@@ -55,7 +55,8 @@ class BuiltNetwork:
         attach: Batch,
         injectors: dict[str, socket.socket],
         announcers: list[tuple[socket.socket, list[bytes]]],
-        inner: Netlink | None,
+        inner: Netlink,
+        own: Mapping[str, str],
     ) -> None:
         self.network = network
         self.host_names = host_names
@@ -64,6 +65,7 @@ class BuiltNetwork:
         self._injectors = injectors
         self._announcers = announcers
         self._inner = inner
+        self._own = own
         self._stop_announcing = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -98,10 +100,8 @@ class BuiltNetwork:
 
         Raises: KernelError, ValueError.
         """
-        if self._inner is None:
-            return
         indexes = {link.name: link.index for link in links.read_links(self._inner)}
-        requests = _neighbour_requests(neighbours, indexes)
+        requests = _neighbour_requests(neighbours, indexes, self._own)
         if requests:
             self._inner.run(Batch(requests))
 
@@ -113,8 +113,7 @@ class BuiltNetwork:
         for open_socket in (*self._injectors.values(), *(pair[0] for pair in self._announcers)):
             open_socket.close()
         self._netlink.close()
-        if self._inner is not None:
-            self._inner.close()
+        self._inner.close()
 
     def _send_announcements(self) -> None:
         for announcer, frames in self._announcers:
@@ -172,6 +171,17 @@ def create_network(
         raise
 
 
+def attach_by_name(host_name: str, bridge: str) -> None:
+    """Make a host end a port of the bridge, from names alone, as `BuiltNetwork.attach` does. It may be one already.
+
+    For a journal, after a crash, when the container is owned here. Raises: KernelError: one of them is gone.
+    """
+    with Netlink() as netlink:
+        end = links.need_link(netlink, host_name, "the host end of the container")
+        port_of = links.need_link(netlink, bridge, "the bridge for containers")
+        netlink.run(Batch([_attach_request(end, port_of.index, bridge)]))
+
+
 def remove_network(namespace_path: str, *host_names: str) -> None:
     """Undo `create_network` from its names alone; '' as path leaves the namespace. What is gone already is success.
 
@@ -197,18 +207,22 @@ def _build(
     try:
         host = Netlink()
         on_error.callback(host.close)
-        port_of = links.need_link(host, bridge, "the bridge of the container").index if network.interfaces else 0
+        port_of, bridge_mtu = 0, 0
+        if network.interfaces:
+            bridge_link = links.need_link(host, bridge, "the bridge of the container")
+            port_of, bridge_mtu = bridge_link.index, bridge_link.mtu
         with inside(descriptor):
             inner = Netlink()
             on_error.callback(inner.close)
             _check_empty(inner, namespace)
             sysctls.write_namespace(network.sysctls)
         for interface, host_name in zip(network.interfaces, host_names, strict=True):
-            _make_pair(host, interface, host_name, descriptor)
+            _make_pair(host, interface, host_name, descriptor, bridge_mtu)
             on_error.callback(links.delete_link, host, host_name)
         ends = [links.need_link(host, name, "a host end") for name in host_names]
+        own = _addresses_of(host, port_of)
         with inside(descriptor):
-            _configure(inner, network)
+            _configure(inner, network, own)
             announcers = [_announcer(interface) for interface in network.interfaces]
         for announcer, _ in announcers:
             on_error.callback(announcer.close)
@@ -227,6 +241,7 @@ def _build(
         injectors=injectors,
         announcers=announcers,
         inner=inner,
+        own=own,
     )
 
 
@@ -246,7 +261,7 @@ def _check_empty(inner: Netlink, namespace: str) -> None:
         )
 
 
-def _make_pair(host: Netlink, interface: Interface, host_name: str, namespace: int) -> None:
+def _make_pair(host: Netlink, interface: Interface, host_name: str, namespace: int, bridge_mtu: int) -> None:
     """Host end up, without a life of its own: no ARP (see `change_link_message`), no IPv6 address."""
     # A bridge takes the lowest address of its ports: ours must never be the lowest.
     host_mac = b"\xfe" + secrets.token_bytes(5)
@@ -257,15 +272,26 @@ def _make_pair(host: Netlink, interface: Interface, host_name: str, namespace: i
         peer_name=interface.name,
         peer_mac=mac_bytes(interface.mac),
         peer_namespace=namespace,
-        mtu=interface.mtu,
+        # A bridge takes the smallest MTU of its ports, too: the container's own holds at its own end.
+        mtu=max(interface.mtu, bridge_mtu),
+        peer_mtu=interface.mtu,
     )
     end = links.need_link(host, host_name, "a host end")
     links.stop_link_local(host, end)
     links.change_flags(host, end, set_flags=links.IFF_UP | links.IFF_NOARP)
 
 
-def _configure(inner: Netlink, network: Network) -> None:
-    """Inside the namespace: the order matters, an address needs its device up, a route its gateway's address."""
+def _addresses_of(host: Netlink, bridge_index: int) -> dict[str, str]:
+    """The bridge's own addresses and its MAC: a gateway that every host has under one address is another one here."""
+    macs = {link.index: mac_text(link.mac) for link in links.read_links(host) if link.index == bridge_index}
+    return {str(ip_address(one.address)): macs[one.index] for one in links.read_addresses(host) if one.index in macs}
+
+
+def _configure(inner: Netlink, network: Network, own: Mapping[str, str]) -> None:
+    """Inside the namespace: the order matters, an address needs its device up, a route its gateway's address.
+
+    `own`: MAC by address of what the target's bridge itself answers for.
+    """
     links.change_flags(inner, links.need_link(inner, "lo", "the loopback device"), set_flags=links.IFF_UP)
     found = {link.name: link for link in links.read_links(inner)}
     indexes = {name: link.index for name, link in found.items()}
@@ -283,7 +309,7 @@ def _configure(inner: Netlink, network: Network) -> None:
     _wait_ready(inner, [interface.name for interface in network.interfaces if interface.up])
     for route in sorted(network.routes, key=lambda one: bool(one.gateway)):
         routes.add_route(inner, route, indexes)
-    requests = _neighbour_requests(network.neighbours, indexes)
+    requests = _neighbour_requests(network.neighbours, indexes, own)
     if requests:
         inner.run(Batch(requests))
 
@@ -298,14 +324,16 @@ def _restore_generation(interface: Interface, carried: str | None) -> None:
         sysctls.write_device(interface.name, {_ADDR_GEN_MODE: carried or "0"})
 
 
-def _neighbour_requests(neighbours: Iterable[Neighbour], indexes: Mapping[str, int]) -> list[tuple[str, bytes]]:
+def _neighbour_requests(
+    neighbours: Iterable[Neighbour], indexes: Mapping[str, int], own: Mapping[str, str]
+) -> list[tuple[str, bytes]]:
     return [
         (
             f"add neighbour {one.address}",
             links.neighbour_message(
                 index=indexes[one.interface],
                 address=ip_address(one.address).packed,
-                mac=mac_bytes(one.mac),
+                mac=mac_bytes(own.get(one.address, one.mac)),
                 permanent=one.permanent,
             ),
         )

@@ -129,7 +129,7 @@ def prepare_cut(interface: Interface, *, bridge: str = "") -> Cut:
         links.set_mac(netlink, bridge_link, bridge_link.mac)
         links.delete_link(netlink, name)
         on_error.callback(links.delete_link, netlink, name)
-        capture_socket = _make_catcher(netlink, interface, name, bridge_link)
+        capture_socket = _make_catcher(netlink, interface, name, bridge_link, end.mtu)
         on_error.callback(capture_socket.close)
         port = links.need_link(netlink, name, "the catcher")
         injector = capture.open_injector(end.name)
@@ -169,7 +169,8 @@ def remove_catcher(catcher: str) -> None:
         links.delete_link(netlink, catcher)
 
 
-def _make_catcher(netlink: Netlink, interface: Interface, name: str, bridge: Link) -> socket.socket:
+def _make_catcher(netlink: Netlink, interface: Interface, name: str, bridge: Link, mtu: int) -> socket.socket:
+    """`mtu`: that of the port it stands in for; a smaller one would make the whole bridge smaller."""
     namespace = open_fresh_namespace()
     try:
         links.create_veth(
@@ -179,7 +180,8 @@ def _make_catcher(netlink: Netlink, interface: Interface, name: str, bridge: Lin
             peer_name=_INNER_NAME,
             peer_mac=b"\xfe" + secrets.token_bytes(5),
             peer_namespace=namespace,
-            mtu=interface.mtu,
+            mtu=mtu,
+            peer_mtu=mtu,
         )
         port = links.need_link(netlink, name, "the catcher")
         links.stop_link_local(netlink, port)
@@ -206,7 +208,7 @@ def _cut_batch(interface: Interface, end: Link, port: Link) -> Batch:
         [
             (f"forward {interface.mac} to {port.name}", links.forwarding_message(mac, port.index)),
             (f"detach {end.name}", detach),
-            # Again: a last frame of the container, between the two, would have moved it back, and the port took it along.
+            # Again: a last frame of the container in between would have moved it back to the port that went.
             (f"forward {interface.mac} to {port.name}", links.forwarding_message(mac, port.index)),
         ]
     )

@@ -1,5 +1,7 @@
 """Read the network of a running container, and find the host ends of its interfaces.
 
+Does not survive: the lifetime of addresses and routes that came by DHCP or router advertisement (they become lasting),
+labels and broadcast addresses, entries of the local table, multicast groups that no socket holds, counters.
 Source: veth(4), network_namespaces(7), rtnetlink(7).
 """
 

@@ -201,13 +201,21 @@ def namespace_id(netlink: Netlink, namespace: int) -> int:
 
 
 def create_veth(
-    netlink: Netlink, *, name: str, mac: bytes, peer_name: str, peer_mac: bytes, peer_namespace: int, mtu: int
+    netlink: Netlink,
+    *,
+    name: str,
+    mac: bytes,
+    peer_name: str,
+    peer_mac: bytes,
+    peer_namespace: int,
+    mtu: int,
+    peer_mtu: int,
 ) -> None:
     """Make a veth pair, both ends down: `name` here, `peer_name` in the namespace of an open descriptor.
 
     Raises: KernelError: EEXIST when a name is taken, and others.
     """
-    identity = text(IFLA_IFNAME, peer_name) + attribute(IFLA_ADDRESS, peer_mac) + u32(IFLA_MTU, mtu)
+    identity = text(IFLA_IFNAME, peer_name) + attribute(IFLA_ADDRESS, peer_mac) + u32(IFLA_MTU, peer_mtu)
     peer = _LINK.pack(AF_UNSPEC, 0, 0, 0, 0) + identity + u32(IFLA_NET_NS_FD, peer_namespace)
     info = nested(IFLA_LINKINFO, text(IFLA_INFO_KIND, "veth"), nested(IFLA_INFO_DATA, attribute(VETH_INFO_PEER, peer)))
     body = (

@@ -49,7 +49,7 @@ def namespace_of(pid: int) -> str:
 def is_same_namespace(one: str, other: str) -> bool:
     """Raises: KernelError: one of them does not exist."""
     try:
-        first, second = os.stat(one), os.stat(other)  # noqa: PTH116 - a magic link, not a path to normalise
+        first, second = os.stat(one), os.stat(other)
     except OSError as error:
         raise KernelError(f"stat({error.filename})", error.errno or 0, error.strerror or "") from error
     return (first.st_dev, first.st_ino) == (second.st_dev, second.st_ino)

@@ -219,14 +219,14 @@ def _iptables_problems() -> list[Refusal]:
             continue
         for table in (_LISTINGS / listing).read_text().split():
             with socket.socket(family, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_RAW) as raw:
-                valid_hooks, entries = _table_info(raw, level, table)
+                valid_hooks, entries = table_info(raw, level, table)
             if entries > valid_hooks.bit_count() + 1:
                 message = f"{program} table {table} has {entries} entries: firewall rules are not carried yet"
                 found.append(Refusal(code="iptables", message=message, object=f"{program} {table}"))
     return found
 
 
-def _table_info(raw: socket.socket, level: int, table: str) -> tuple[int, int]:
+def table_info(raw: socket.socket, level: int, table: str) -> tuple[int, int]:
     """Mask of hooks and number of entries of an iptables table. The option takes its name in the buffer it fills."""
     buffer = ctypes.create_string_buffer(table.encode().ljust(32, b"\x00"), _XT_INFO.size)
     size_bytes = ctypes.c_uint32(_XT_INFO.size)

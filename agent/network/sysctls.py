@@ -41,7 +41,6 @@ def read_namespace() -> dict[str, str]:
     for family in _FAMILIES:
         for which in ("all", "default"):
             found.update(_read_directory(ROOT / family / "conf" / which))
-        found.update(_read_directory(ROOT / family / "neigh" / "default"))
     return found
 
 
@@ -57,8 +56,17 @@ def read_device(name: str) -> dict[str, str]:
 
 
 def read_fresh() -> dict[str, str]:
-    """What `read_namespace` gives in a namespace that was just made on this host."""
-    return in_fresh_namespace(read_namespace)
+    """What `read_namespace` gives in a namespace that was just made on this host, and what new devices get there."""
+    return in_fresh_namespace(_read_fresh)
+
+
+def _read_fresh() -> dict[str, str]:
+    found = read_namespace()
+    # neigh/default exists on the host only; every new device, lo too, starts with its values.
+    for key, value in read_device("lo").items():
+        family, kind, setting = key.split("/")
+        found.setdefault(f"{family}/{kind}/default/{setting}", value)
+    return found
 
 
 def differing_namespace(values: Mapping[str, str], fresh: Mapping[str, str]) -> dict[str, str]:

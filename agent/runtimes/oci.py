@@ -32,8 +32,9 @@ class OciRuntime:
         command = [self.binary, "--root", self.root, *arguments]
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, stdin=subprocess.DEVNULL, check=False
-            )
+                command, capture_output=True, text=True, errors="replace", timeout=_COMMAND_TIMEOUT_S,
+                stdin=subprocess.DEVNULL, check=False,
+            )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired) as error:
             raise MigrateError(f"{' '.join(command)}: {error}", code="runtime") from error
         if done.returncode:
@@ -57,7 +58,7 @@ class OciRuntime:
         """See Runtime."""
         command = [self.binary, "--root", self.root, "create", "--bundle", bundle, name]
         if monotonic_offset_ns is not None:
-            command = timens.command_in_time_namespace(command, monotonic_offset_ns)
+            command = timens.run_in_time_namespace(command, monotonic_offset_ns)
         with open(log_path, "ab") as log:  # noqa: PTH123
             before = log.tell()
             try:
@@ -95,6 +96,7 @@ def open_runtime(kind: str, root: str = "", binary: str = "") -> OciRuntime:
     path = shutil.which(binary or kind, path="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
     if path is None:
         raise UnsupportedError(
-            f"{binary or kind} is not installed", code="runtime-missing", hint=f"install {kind}, or take it out of agent.toml"
-        )
+            f"{binary or kind} is not installed", code="runtime-missing",
+            hint=f"install {kind}, or take it out of agent.toml",
+        )  # fmt: skip
     return OciRuntime(kind=kind, binary=path, root=root or DEFAULT_ROOTS[kind])

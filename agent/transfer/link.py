@@ -60,7 +60,7 @@ class Link(asyncssh.SSHClientSession[bytes], asyncssh.SSHServerSession[bytes]):
         self._writable.set()
         self._ended = asyncio.Event()
         self._is_closing = False
-        self.connection: asyncssh.SSHConnection
+        self.connection: asyncssh.SSHClientConnection | asyncssh.SSHServerConnection
         self.peer = ""
 
     # ------------------------------------------------------------ for the stream
@@ -200,9 +200,8 @@ class DataListener:
     def admit(self, connection: asyncssh.SSHServerConnection) -> None:
         address = ipaddress.ip_address(connection.get_extra_info("peername")[0].partition("%")[0])
         mapped = getattr(address, "ipv4_mapped", None)
-        if self._peer is not None and self._peer not in {address, mapped}:
-            connection.abort()
-        elif self._chosen is not None or len(self._pending) >= _MAX_UNAUTHENTICATED:
+        is_stranger = self._peer is not None and self._peer not in {address, mapped}
+        if is_stranger or self._chosen is not None or len(self._pending) >= _MAX_UNAUTHENTICATED:
             connection.abort()
         else:
             self._pending.add(connection)
@@ -237,10 +236,10 @@ class _Server(asyncssh.SSHServer):
         self._connection = conn
         self._listener.admit(conn)
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncssh names it
         self._listener.forget(self._connection)
 
-    def begin_auth(self, username: str) -> bool:
+    def begin_auth(self, username: str) -> bool:  # noqa: ARG002 - asyncssh names it
         return True
 
     def auth_completed(self) -> None:
@@ -299,8 +298,9 @@ async def connect(request: base.StreamConnect, key: asyncssh.SSHKey, make_link: 
         raise PeerError(f"the data link to {where} cannot be opened: {error or type(error).__name__}",
                         hint="data_ports of the target must be reachable from the source") from error  # fmt: skip
     try:
-        _, link = await connection.create_session(
-            make_link, subsystem=SUBSYSTEM, encoding=None, window=_WINDOW_BYTES, max_pktsize=_MAX_PACKET_BYTES,
+        link = make_link()
+        await connection.create_session(
+            lambda: link, subsystem=SUBSYSTEM, encoding=None, window=_WINDOW_BYTES, max_pktsize=_MAX_PACKET_BYTES,
         )  # fmt: skip
     except (OSError, asyncssh.Error) as error:
         connection.abort()

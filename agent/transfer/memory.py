@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import errno
 import os
 import select
-import struct
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from protocol.errors import KernelError, TaskGoneError
+from agent.kernel import pagemap
+from agent.kernel.memory import open_mem, process_vm_writev
+from agent.kernel.pidfd import pidfd_open
+from agent.kernel.procfs import read_start_time
+from agent.kernel.types import Fd
+from protocol.errors import KernelError, MigrateError, TaskGoneError
 from protocol.pages import PAGE_BYTES
 
 Runs = list[tuple[int, int]]  # (address, size in bytes)
@@ -21,14 +22,8 @@ Runs = list[tuple[int, int]]  # (address, size in bytes)
 # UIO_MAXIOV of linux/uio.h.
 _MAX_IOVECS = 1024
 _WORDS_PER_PAGE = PAGE_BYTES // 8
-_PAGEMAP_IN_USE = np.uint64(3 << 62)  # present (bit 63) or swapped (bit 62)
+_PAGEMAP_IN_USE = np.uint64(pagemap.ENTRY_PRESENT | pagemap.ENTRY_SWAPPED)
 _ZERO_PIECE_BYTES = 1 << 20
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.process_vm_writev.restype = ctypes.c_ssize_t
-_libc.process_vm_writev.argtypes = [
-    ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong,
-]  # fmt: skip
 
 
 def cut_runs(starts: Sequence[int], sizes: Sequence[int], batch_bytes: int) -> Iterator[Runs]:
@@ -53,7 +48,7 @@ def cut_runs(starts: Sequence[int], sizes: Sequence[int], batch_bytes: int) -> I
 
 
 def split_zero(runs: Runs, data: memoryview) -> tuple[Runs, Runs, memoryview | bytes]:
-    """Part the runs, whose contents are `data`, into those with contents, those that are zero, and the contents left."""
+    """Part `runs`, whose contents are `data`, into those that are not zero and those that are; gives what is left."""
     words = np.frombuffer(data, np.uint64).reshape(-1, _WORDS_PER_PAGE)
     # Three words of each page rule out nearly all that are not zero without looking at the rest.
     suspects = np.flatnonzero((words[:, 0] | words[:, _WORDS_PER_PAGE // 2] | words[:, -1]) == 0)
@@ -63,7 +58,7 @@ def split_zero(runs: Runs, data: memoryview) -> tuple[Runs, Runs, memoryview | b
     is_zero[suspects] = np.bitwise_or.reduce(words[suspects], axis=1) == 0
     if not is_zero.any():
         return runs, [], data
-    addresses = np.concatenate([np.arange(start, start + size, PAGE_BYTES, np.uint64) for start, size in runs])
+    addresses = np.concatenate([np.arange(start, start + size, PAGE_BYTES, dtype=np.uint64) for start, size in runs])
     return _join(addresses[~is_zero]), _join(addresses[is_zero]), words[~is_zero].tobytes()
 
 
@@ -77,28 +72,15 @@ def _join(addresses: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> Runs:
     return list(zip(first.tolist(), (last - first + np.uint64(PAGE_BYTES)).tolist(), strict=True))
 
 
-def start_time(pid: int) -> int:
-    """Field 22 of /proc/PID/stat, clock ticks. Raises: TaskGoneError.   Source: proc(5)."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise TaskGoneError(f"process {pid} is gone") from error
-    # The name in brackets may hold spaces and brackets of its own.
-    return int(text[text.rindex(b")") + 2 :].split()[19])
-
-
 class _Task:
     """A process of which it is sure that it is the one that was meant."""
 
     def __init__(self, pid: int, expected_start_time: int) -> None:
         self.pid = pid
-        try:
-            self._pidfd = os.pidfd_open(pid)
-        except ProcessLookupError as error:
-            raise TaskGoneError(f"process {pid} is gone") from error
+        self._pidfd = pidfd_open(pid)
         try:
             # Looked at after the pidfd is held: a number that was recycled before shows here.
-            if start_time(pid) != expected_start_time:
+            if read_start_time(pid) != expected_start_time:
                 raise TaskGoneError(f"process {pid} is gone, another one has its number")
         except BaseException:
             os.close(self._pidfd)
@@ -120,10 +102,10 @@ class TaskReader(_Task):
     def __init__(self, pid: int, expected_start_time: int) -> None:
         super().__init__(pid, expected_start_time)
         try:
-            self._mem_fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
+            self._mem_fd = open_mem(pid)
+        except MigrateError:
             super().close()
-            raise TaskGoneError(f"memory of process {pid} cannot be opened: {error.strerror}") from error
+            raise
 
     def read(self, runs: Runs, buffer: memoryview) -> Runs:
         """Read `runs` one behind the other into `buffer`; gives the runs that were there, which are what it holds.
@@ -167,74 +149,55 @@ class TaskWriter(_Task):
 
     def __init__(self, pid: int, expected_start_time: int) -> None:
         super().__init__(pid, expected_start_time)
-        self._zeros = bytes(_ZERO_PIECE_BYTES)
+        self._zeros = bytearray(_ZERO_PIECE_BYTES)
 
     def write(self, runs: Sequence[tuple[int, int]], data: bytes | bytearray | memoryview) -> None:
         """Write `data` over `runs`, in order. Raises: TaskGoneError. KernelError: an area is not there."""
-        address = np.frombuffer(data, np.uint8).ctypes.data
-        for index in range(0, len(runs), _MAX_IOVECS):
-            some = runs[index : index + _MAX_IOVECS]
-            self._write_some(some, address)
-            address += sum(size for _, size in some)
+        try:
+            process_vm_writev(self.pid, runs, data)
+        except KernelError as error:
+            if self.is_gone():
+                raise TaskGoneError(f"process {self.pid} ended while its memory was written") from error
+            if error.errno != errno.EFAULT:
+                raise
+            self._write_forced(runs, memoryview(data))
 
     def write_zeros(self, runs: Sequence[tuple[int, int]]) -> None:
         """Make `runs`, which are anonymous memory, read as zero; pages that are not there do so already."""
-        with contextlib.closing(_Pagemap(self.pid)) as pagemap:
+        pagemap_fd = pagemap.open_pagemap(self.pid)
+        try:
             for start, size in runs:
                 for piece in range(start, start + size, _ZERO_PIECE_BYTES):
-                    present = pagemap.in_use(piece, min(_ZERO_PIECE_BYTES, start + size - piece))
+                    present = _in_use(pagemap_fd, piece, min(_ZERO_PIECE_BYTES, start + size - piece))
                     if present:
                         self.write(present, memoryview(self._zeros)[: sum(length for _, length in present)])
+        finally:
+            os.close(pagemap_fd)
 
-    def _write_some(self, runs: Sequence[tuple[int, int]], address: int) -> None:
-        total = sum(size for _, size in runs)
-        # struct iovec twice: what is written, contiguous here, and where it goes.
-        local = struct.pack("<QQ", address, total)
-        remote = struct.pack(f"<{2 * len(runs)}Q", *(value for run in runs for value in run))
-        done = _libc.process_vm_writev(self.pid, local, 1, remote, len(runs), 0)
-        if done == total:
-            return
-        error = ctypes.get_errno() if done < 0 else 0
-        if error == errno.ESRCH or self.is_gone():
-            raise TaskGoneError(f"process {self.pid} ended while its memory was written")
-        if error not in {0, errno.EFAULT}:
-            raise KernelError(f"process_vm_writev({self.pid})", error, os.strerror(error))
-        self._write_forced(runs, address)
-
-    def _write_forced(self, runs: Sequence[tuple[int, int]], address: int) -> None:
+    def _write_forced(self, runs: Sequence[tuple[int, int]], data: memoryview) -> None:
         """As a debugger writes: over private areas that are read-only too. Slower."""
-        with open(f"/proc/{self.pid}/mem", "r+b", buffering=0) as mem:  # noqa: PTH123 - unbuffered
-            for start, size in runs:
-                content = ctypes.string_at(address, size)
-                try:
-                    written = os.pwrite(mem.fileno(), content, start)
-                except OSError as error:
-                    written = 0 if error.errno in {errno.EIO, errno.EFAULT} else -1
-                if written != size:
-                    if self.is_gone():
-                        raise TaskGoneError(f"process {self.pid} ended while its memory was written")
-                    raise KernelError(
-                        f"write of {size} bytes at {start + max(written, 0):#x} of process {self.pid}", errno.EFAULT,
-                        "no such area, or a shared one that is read-only",
-                    )  # fmt: skip
-                address += size
-
-
-class _Pagemap:
-    """Source: Documentation/admin-guide/mm/pagemap.rst."""
-
-    def __init__(self, pid: int) -> None:
+        mem_fd = os.open(f"/proc/{self.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
         try:
-            self._fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise TaskGoneError(f"pagemap of process {pid} cannot be opened: {error.strerror}") from error
+            position = 0
+            for start, size in runs:
+                try:
+                    done = os.pwrite(mem_fd, data[position : position + size], start)
+                except OSError as error:
+                    raise KernelError(
+                        f"write of {size} bytes at {start:#x} of process {self.pid}", error.errno or 0,
+                        f"{error.strerror}: no such area, or a shared one that is read-only",
+                    ) from error  # fmt: skip
+                if done != size:
+                    raise KernelError(
+                        f"write at {start + done:#x} of process {self.pid}", errno.EFAULT, "the area ends there"
+                    )
+                position += size
+        finally:
+            os.close(mem_fd)
 
-    def in_use(self, start: int, size: int) -> Runs:
-        """The parts of an area that have a page, in memory or in swap."""
-        data = os.pread(self._fd, size // PAGE_BYTES * 8, start // PAGE_BYTES * 8)
-        entries = np.frombuffer(data, np.uint64)
-        indices = np.flatnonzero(entries & _PAGEMAP_IN_USE).astype(np.uint64)
-        return _join(indices * np.uint64(PAGE_BYTES) + np.uint64(start))
 
-    def close(self) -> None:
-        os.close(self._fd)
+def _in_use(pagemap_fd: Fd, start: int, size: int) -> Runs:
+    """The parts of an area that have a page, in memory or in swap."""
+    entries = pagemap.entries(pagemap_fd, start, size // PAGE_BYTES)
+    indices = np.flatnonzero(entries & _PAGEMAP_IN_USE).astype(np.uint64)
+    return _join(indices * np.uint64(PAGE_BYTES) + np.uint64(start))

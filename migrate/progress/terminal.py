@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from migrate import units
@@ -61,9 +62,9 @@ class Terminal:
             case CutOverEnded(report=cut):
                 self._print(f"  downtime [bold]{units.duration(cut.downtime_ms)}[/]")
             case Warned(text=text):
-                self._print(f"[yellow]warning:[/] {text}", markup_from=text)
+                self._print(f"[yellow]warning:[/] {escape(text)}")
             case Unwinding(reason=reason):
-                self._print(f"[yellow]undoing:[/] {reason}", markup_from=reason)
+                self._print(f"[yellow]undoing:[/] {escape(reason)}")
 
     def close(self) -> None:
         """Stop drawing."""
@@ -98,10 +99,8 @@ class Terminal:
         )
         self._print(f"  [dim]{describe_round(event) if self._verbose else _short(event)}[/]")
 
-    def _print(self, text: str, *, markup_from: str = "") -> None:
-        """`markup_from`: a part of `text` that is somebody else's and must not be read as markup."""
-        safe = text.replace(markup_from, markup_from.replace("[", r"\[")) if markup_from else text
-        self._progress.console.print(safe, highlight=False)
+    def _print(self, text: str) -> None:
+        self._progress.console.print(text, highlight=False)
 
 
 def _short(event: RoundEnded) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from migrate import units
-from migrate.report.result import Result, Status
+from migrate.report.result import Problem, Result, Status
 from protocol.messages import Refusal
 
 _BAR_WIDTH = 40
@@ -13,12 +13,19 @@ _BAR_WIDTH = 40
 
 def summary(result: Result) -> str:
     """A completed migration, in a few lines."""
+    times = f"downtime {units.duration(result.downtime_ms)}, total {units.duration(result.total_ms)}"
+    sizes = {
+        "memory": units.size(result.memory_bytes),
+        "sent": units.size(result.transferred_bytes),
+        "on the wire": units.size(result.wire_bytes),
+        "rounds": str(len(result.rounds)),
+        "processes": str(result.processes),
+        "threads": str(result.threads),
+        "connections": str(result.connections),
+    }
     lines = [
-        f"{result.container} runs on {result.destination}: downtime {units.duration(result.downtime_ms)}, "
-        f"total {units.duration(result.total_ms)}",
-        f"  memory {units.size(result.memory_bytes)}, sent {units.size(result.transferred_bytes)}, on the wire "
-        f"{units.size(result.wire_bytes)}, rounds {len(result.rounds)}, processes {result.processes}, "
-        f"threads {result.threads}, connections {result.connections}",
+        f"{result.container} runs on {result.destination}: {times}",
+        "  " + ", ".join(f"{name} {value}" for name, value in sizes.items()),
     ]
     if result.downtime:
         lines += ["", *downtime_bars(result.downtime)]
@@ -52,7 +59,7 @@ def failure(result: Result) -> str:
     lines = [where]
     if isinstance(result.refusals, list) and result.refusals:
         return "\n".join([*lines, *refusal_lines(result.refusals)])
-    if result.error is not None and hasattr(result.error, "message"):
+    if isinstance(result.error, Problem):
         lines.append(f"  {_located(result.error.host, result.error.message)}")
         if result.error.hint:
             lines.append(f"  {result.error.hint}")

@@ -47,10 +47,10 @@ class CgroupTree:
 
     def __init__(self, name: str) -> None:
         self.hierarchies = hierarchies()
-        self._directories = [h.path / name for h in self.hierarchies]
+        self.directories = [h.path / name for h in self.hierarchies]
 
     def make(self) -> None:
-        for hierarchy, directory in zip(self.hierarchies, self._directories, strict=True):
+        for hierarchy, directory in zip(self.hierarchies, self.directories, strict=True):
             for level in [directory.parent, directory]:
                 if level == hierarchy.path or level.is_dir():
                     continue
@@ -66,11 +66,11 @@ class CgroupTree:
 
     def joinable(self) -> list[Path]:
         """Where a process goes that belongs to this tree. v2: a leaf, processes and children exclude each other."""
-        return [d / "init" if (d / "init").is_dir() else d for d in self._directories]
+        return [d / "init" if (d / "init").is_dir() else d for d in self.directories]
 
     def _walk(self) -> Iterator[Path]:
         """Every directory, children before their parents."""
-        for top in self._directories:
+        for top in self.directories:
             for directory, _dirs, _files in os.walk(top, topdown=False):
                 yield Path(directory)
 

@@ -75,6 +75,7 @@ class Host:
         """Start `args` in all namespaces of the host. The Popen is the program itself: signals reach it."""
         path = f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         environment = {"PATH": path, "HOME": "/root", "LANG": "C.UTF-8", **self.env, **(popen.pop("env", None) or {})}
+        popen.setdefault("stdin", subprocess.DEVNULL)
         process = spawn(
             [str(a) for a in args],
             inside=self._running_pid(),
@@ -133,6 +134,15 @@ class Host:
             if len(numbers) > level and numbers[level] == pid_in_host:
                 return pid
         raise LabError(f"{self.name} has no process {pid_in_host}")
+
+    def limit_memory(self, size_bytes: int | None) -> None:
+        """Limit all that runs on the host together; None: no limit. Raises: LabError: no memory controller here."""
+        for directory in self.cgroups.directories:
+            for name, unlimited in [("memory.limit_in_bytes", "-1"), ("memory.max", "max")]:
+                if (directory / name).exists():
+                    (directory / name).write_text(unlimited if size_bytes is None else str(size_bytes))
+                    return
+        raise LabError("this machine has no memory controller")
 
     def wait_listening(
         self, port: int, *, timeout_s: float = 10.0, process: subprocess.Popen[Any] | None = None

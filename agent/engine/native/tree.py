@@ -8,23 +8,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from agent.engine.native.tasks import procfs
+from agent.kernel import procfs
 from protocol.errors import TaskGoneError
 from protocol.messages import Refusal
 
 # The number of the container's init; its relatives will follow.
 INIT_TASK = 0
-
-
-def children_of(pid: int) -> list[int]:
-    """Host pids of the children of all threads of `pid`. Raises: TaskGoneError.   Source: proc_tid_children(5)."""
-    found = []
-    for tid in procfs.thread_ids(pid):
-        try:
-            found += [int(word) for word in procfs.read_text(f"/proc/{pid}/task/{tid}/children").split()]
-        except TaskGoneError:
-            continue
-    return found
 
 
 def processes_of(init_pid: int) -> list[int]:
@@ -37,7 +26,7 @@ def processes_of(init_pid: int) -> list[int]:
     if wanted == procfs.read_link("/proc/self/ns/pid"):
         # It shares our namespace (a test, or a runtime told so): its descendants are what is its own.
         for pid in found:
-            found += children_of(pid)
+            found += procfs.children(pid)
         return found
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) != init_pid:
@@ -49,28 +38,20 @@ def processes_of(init_pid: int) -> list[int]:
     return found
 
 
-def container_id_of(host_id: int) -> int:
-    """A pid or tid as the innermost namespace has it. Raises: TaskGoneError."""
-    fields = procfs.status_fields(procfs.read_text(f"/proc/{host_id}/status"))
-    return int(fields["NSpid"].split()[-1])
-
-
 def check(init_pid: int) -> list[Refusal]:
     """Refuse more than one process."""
     refusals = []
     for pid in processes_of(init_pid)[1:]:
         try:
-            status = procfs.status_fields(procfs.read_text(f"/proc/{pid}/status"))
+            status = procfs.read_status(pid)
         except TaskGoneError:
             continue
-        own = int(status["NSpid"].split()[-1])
-        is_ours = int(status["PPid"]) != 0
-        name = status["Name"]
+        own = status.ns_pid[-1]
         refusals.append(
             Refusal(
-                code="process-tree", pid=own, object=name,
-                message=f"process {own} ({name}) runs beside the container's init; one process is carried so far",
-                hint="" if is_ours else "a session entered from outside (exec, health check) must end first",
+                code="process-tree", pid=own, object=status.name,
+                message=f"process {own} ({status.name}) runs beside the container's init; one process is carried so far",
+                hint="" if status.ppid else "a session entered from outside (exec, health check) must end first",
             )
         )  # fmt: skip
     return refusals

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
+import struct
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -8,10 +11,24 @@ import pytest
 from agent.network.build import create_network, host_names_for, remove_network
 from agent.network.forget import forget_network
 from agent.network.inspect import inspect_network, named_namespace_of, problems, read_network
-from agent.network.namespaces import create_named_namespace, is_named_namespace, remove_named_namespace
 from agent.network.links import Link, read_links
-from agent.network.netlink import Netlink
-from agent.network.problems import record_problems
+from agent.network.namespaces import (
+    create_named_namespace,
+    inside,
+    is_named_namespace,
+    namespace_of,
+    remove_named_namespace,
+)
+from agent.network.netlink import (
+    NETLINK_NETFILTER,
+    NLM_F_ACK,
+    NLM_F_CREATE,
+    Batch,
+    Netlink,
+    attribute,
+    message,
+)
+from agent.network.problems import record_problems, table_info
 from protocol.errors import KernelError, UnsupportedError
 from protocol.messages import Neighbour
 from tests.agent.network.hosts import Container, Host, Lan
@@ -53,6 +70,21 @@ def test_a_network_built_from_what_was_read_reads_the_same(lan: Lan) -> None:
     assert {route.destination for route in before.routes} == {"default", "10.99.0.0/16", "fd99::/64"}
     assert len(before.interfaces[0].addresses) == 4  # two IPv4, one IPv6, the link-local one
     lan.two.run(built.close)
+
+
+def test_a_gateway_that_each_host_has_is_the_targets_own(lan: Lan) -> None:
+    for host in (lan.one, lan.two):
+        host.sh("ip address add 10.77.0.1/24 dev br0")
+    source = Container(lan.one)
+    source.sh("ip neighbour add 10.77.0.1 lladdr 02:00:00:00:00:11 dev eth0 nud reachable")
+    target = Container(lan.two, plugged=False)
+    network = source.network()
+    built = lan.two.run(create_network, network, namespace_path=None, pid=target.pid, bridge="br0", host_name="m-web1")
+    (mac,) = [link.mac.hex(":") for link in lan.two.run(links_of_host) if link.name == "br0"]
+    assert f"lladdr {mac}" in target.sh("ip neighbour show 10.77.0.1")
+    built.set_neighbours([Neighbour(address="10.77.0.9", mac="02:00:00:00:00:09", interface="eth0")])
+    assert "02:00:00:00:00:09" in target.sh("ip neighbour show 10.77.0.9")
+    built.close()
 
 
 def test_a_named_namespace_is_made_and_removed(lan: Lan) -> None:
@@ -186,3 +218,40 @@ def links_of_host() -> list[Link]:
 def test_another_bridge_than_the_agents_is_named(lan: Lan) -> None:
     network = Container(lan.one).network()
     assert [one.code for one in problems(network, host_bridge="cbr0")] == ["other-bridge"]
+
+
+def test_only_settings_that_a_new_namespace_would_not_have_travel(lan: Lan) -> None:
+    network = Container(lan.one).network()
+    assert {key.split("/")[0] for key in network.sysctls} == {"ipv4"}
+    assert {key.rpartition("/")[0] for key in network.interfaces[0].sysctls} == {"ipv4/conf"}
+
+
+NFT_NEWTABLE, NFT_BATCH_BEGIN, NFT_BATCH_END = 10 << 8, 16, 17
+
+
+def add_nftables_table(pid: int) -> None:
+    batch = struct.pack(">BBH", 0, 0, 10)
+    table = struct.pack(">BBH", 2, 0, 0) + attribute(1, b"filter\0")
+    with inside(namespace_of(pid)), Netlink(NETLINK_NETFILTER) as netlink:
+        data = message(NFT_BATCH_BEGIN, 0, batch)
+        data += message(NFT_NEWTABLE, NLM_F_ACK | NLM_F_CREATE, table) + message(NFT_BATCH_END, 0, batch)
+        netlink.run(Batch([("add table", data)]))
+
+
+def test_a_firewall_in_the_container_is_named(lan: Lan) -> None:
+    container = Container(lan.one)
+    lan.one.run(add_nftables_table, container.pid)
+    (refusal,) = lan.one.run(inspect_network, container.pid, "br0").refusals
+    assert (refusal.code, refusal.object) == ("nftables", "ip filter")
+
+
+def load_iptables_table(pid: int) -> bytes:
+    with inside(namespace_of(pid)), socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
+        table_info(raw, socket.IPPROTO_IP, "filter")
+        return Path("/proc/thread-self/net/ip_tables_names").read_bytes()
+
+
+def test_an_iptables_table_without_rules_is_no_firewall(lan: Lan) -> None:
+    container = Container(lan.one)
+    assert lan.one.run(load_iptables_table, container.pid) == b"filter\n"
+    assert codes(lan.one, container) == []

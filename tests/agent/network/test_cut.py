@@ -145,8 +145,13 @@ def test_putting_it_back_delivers_what_was_caught(lan: Lan, move: Move) -> None:
         move.cut.cut()
         for number in range(10):
             sender.sendto(b"%d" % number, SERVICE)
-        taken = []
-        wait_for(lambda: bool(taken.extend(drain(move.cut.capture_socket())) or len(taken) >= 10))
+        taken: list[bytes] = []
+
+        def all_taken() -> bool:
+            taken.extend(drain(move.cut.capture_socket()))
+            return len(taken) >= 10
+
+        wait_for(all_taken)
         sender.sendto(b"10", SERVICE)
         move.cut.uncut(taken)
         sender.sendto(b"11", SERVICE)
@@ -200,13 +205,16 @@ def test_after_attach_and_announce_all_traffic_goes_to_the_target(lan: Lan, move
 
 def test_before_attach_nothing_of_the_target_is_seen(lan: Lan, move: Move) -> None:
     met(lan.client)
-    with lan.client.open(socket.SOCK_DGRAM) as sender, move.source.open(socket.SOCK_DGRAM, 6000) as receiver:
-        with move.target.open(socket.SOCK_DGRAM, 6000) as quiet:
-            sender.sendto(b"still here", SERVICE)
-            assert receiver.recv(100) == b"still here"
-            quiet.setblocking(False)
-            with pytest.raises(BlockingIOError):
-                quiet.recv(100)
+    with (
+        lan.client.open(socket.SOCK_DGRAM) as sender,
+        move.source.open(socket.SOCK_DGRAM, 6000) as receiver,
+        move.target.open(socket.SOCK_DGRAM, 6000) as quiet,
+    ):
+        sender.sendto(b"still here", SERVICE)
+        assert receiver.recv(100) == b"still here"
+        quiet.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            quiet.recv(100)
 
 
 def test_traffic_of_others_is_not_caught(lan: Lan, move: Move) -> None:
@@ -225,6 +233,22 @@ def test_the_bridge_keeps_its_address(lan: Lan) -> None:
     cut.cut()
     cut.close()
     assert "02:00:00:00:00:01" in lan.one.sh("ip link show br0")
+
+
+def test_a_small_mtu_in_the_container_does_not_make_the_bridges_small(lan: Lan) -> None:
+    source = Container(lan.one)
+    source.sh("ip link set eth0 mtu 1280")
+    network = source.network()
+    cut = lan.one.run(prepare_cut, network.interfaces[0])
+    target = Container(lan.two, plugged=False)
+    built = lan.two.run(create_network, network, namespace_path=None, pid=target.pid, bridge="br0", host_name="m-web1")
+    cut.cut()
+    built.attach()
+    assert "mtu 1500" in lan.one.sh("ip link show br0")
+    assert "mtu 1500" in lan.two.sh("ip link show br0")
+    assert "mtu 1280" in target.sh("ip link show eth0")
+    cut.close()
+    built.close()
 
 
 def test_undo_by_names_is_idempotent_and_leaves_nothing(lan: Lan, move: Move) -> None:

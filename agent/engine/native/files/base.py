@@ -6,13 +6,15 @@ import fcntl
 import os
 import socket
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
 
-from agent.engine.native.files.calls import Comparer, open_in_root, pidfd_getfd, read_proc
+from agent.engine.native.files.socket_options import Address, Buffers, Option, Template
+from agent.kernel.openat2 import open_in_root, open_root_of
+from agent.kernel.pidfd import pidfd_getfd, pidfd_open
+from agent.kernel.procfs import read_link, read_namespace_pids, read_proc
 from protocol.errors import KernelError, UnsupportedError
 from protocol.messages import Refusal
 
@@ -106,7 +108,6 @@ class Scope:
     root_fd: int
     root_path: str
     mount_ids: frozenset[int]
-    comparer: Comparer
     files: list[OpenFile] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     _taken: dict[int, int] = field(default_factory=dict)  # by OpenFile.id
@@ -115,17 +116,16 @@ class Scope:
     @classmethod
     def open(cls, pid: int, tcp_mode: str, storage: str) -> Scope:
         """Raises: TaskGoneError, KernelError."""
-        pidfd = os.pidfd_open(pid)
+        pidfd = pidfd_open(pid)
         return cls(
             pid=pid,
-            container_pid=read_container_pid(pid),
+            container_pid=read_namespace_pids(pid)[-1],
             tcp_mode=tcp_mode,
             storage=storage,
             pidfd=pidfd,
-            root_fd=os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC),
-            root_path=os.readlink(f"/proc/{pid}/root"),
+            root_fd=open_root_of(pid),
+            root_path=read_link(f"/proc/{pid}/root"),
             mount_ids=read_mount_ids(pid),
-            comparer=Comparer(),
         )
 
     def take(self, file: OpenFile) -> int:
@@ -145,6 +145,14 @@ class Scope:
             self._sockets[file.inode] = held
         return held
 
+    def held_socket(self, inode: int) -> HeldSocket | None:
+        """The one held, if it is."""
+        return self._sockets.get(inode)
+
+    def held_sockets(self) -> list[HeldSocket]:
+        """All that are held."""
+        return list(self._sockets.values())
+
     def let_go_of_socket(self, inode: int) -> None:
         """Close our duplicate of one that the process has closed meanwhile."""
         held = self._sockets.pop(inode, None)
@@ -156,6 +164,10 @@ class Scope:
         for held in self._sockets.values():
             held.sock.close()
         self._sockets.clear()
+        self.release_files()
+
+    def release_files(self) -> None:
+        """Close what `take` made."""
         for fd in self._taken.values():
             os.close(fd)
         self._taken.clear()
@@ -203,7 +215,7 @@ class Remote(Protocol):
     def call(self, number: int, *arguments: int) -> int:
         """One call. Raises: KernelError."""
 
-    def batch(self, calls: list[tuple[int, ...]], keep_going: bool = False) -> list[int]:  # noqa: FBT001, FBT002
+    def batch(self, calls: list[tuple[int, ...]], keep_going: bool = False) -> list[int]:
         """Many calls. Raises: KernelError."""
 
     def place(self, data: bytes) -> int:
@@ -211,6 +223,19 @@ class Remote(Protocol):
 
     def read(self, address: int, size_bytes: int) -> bytes:
         """Bytes of the process's memory."""
+
+
+@dataclass(slots=True)
+class PreparedSocket:
+    """What of an internet socket does not change in the freeze, read before it."""
+
+    held: HeldSocket
+    local: Address
+    peer: Address | None
+    options: list[Option]
+    buffers: Buffers
+    scales: int = 0  # TCP: window scales
+    negotiated: int = 0  # TCP: tcpi_options
 
 
 @dataclass(slots=True)
@@ -222,7 +247,7 @@ class Workshop:
     stdio: dict[int, int] = field(default_factory=dict)  # role -> our duplicate of what the runtime gave
     pairs: dict[str, tuple[int, int]] = field(default_factory=dict)  # 'pipe:1' -> both ends, until all are placed
     made: dict[int, int] = field(default_factory=dict)  # object id -> our descriptor
-    later: list[Callable[[], None]] = field(default_factory=list)
+    prepared_sockets: dict[int, socket.socket] = field(default_factory=dict)  # object id -> made before the freeze
 
     def open_path(self, path: str, flags: int) -> int:
         """Open a path of the container as the container would find it. Raises: KernelError."""
@@ -236,6 +261,9 @@ class Workshop:
         self.made.clear()
         self.stdio.clear()
         self.pairs.clear()
+        for sock in self.prepared_sockets.values():
+            sock.close()
+        self.prepared_sockets.clear()
         if self.root_fd >= 0:
             os.close(self.root_fd)
             self.root_fd = -1
@@ -244,30 +272,35 @@ class Workshop:
 class Kind(Protocol):
     """One file of this folder: a kind of open file."""
 
-    @staticmethod
-    def matches(file: OpenFile, scope: Scope) -> bool:
+    def matches(self, file: OpenFile, scope: Scope) -> bool:
         """Whether this open file is of this kind."""
 
-    @staticmethod
-    def check(file: OpenFile, scope: Scope) -> list[Refusal]:
+    def check(self, file: OpenFile, scope: Scope) -> list[Refusal]:
         """Why it cannot be carried; nothing is changed."""
 
-    @staticmethod
-    def dump(file: OpenFile, scope: Scope) -> ObjectRecord:
+    def dump(self, file: OpenFile, scope: Scope) -> ObjectRecord:
         """The record, in the freeze. Raises: UnsupportedError, TransientStateError, KernelError."""
 
 
-def read_container_pid(pid: int) -> int:
-    """The pid as the container's own namespace has it."""
-    for line in read_proc(f"/proc/{pid}/status").splitlines():
-        if line.startswith("NSpid:"):
-            return int(line.split()[-1])
-    return pid
+class SocketKind(Protocol):
+    """A kind whose dump is mostly done before the freeze."""
+
+    def matches(self, file: OpenFile, scope: Scope) -> bool:
+        """Whether this open file is of this kind."""
+
+    def check(self, file: OpenFile, scope: Scope) -> list[Refusal]:
+        """Why it cannot be carried; nothing is changed."""
+
+    def prepare(self, file: OpenFile, scope: Scope, template: Template) -> PreparedSocket:
+        """All that does not change in the freeze; the socket is not touched."""
+
+    def dump(self, file: OpenFile, scope: Scope, prepared: PreparedSocket) -> ObjectRecord:
+        """The record, in the freeze. Raises: UnsupportedError, TransientStateError, KernelError."""
 
 
 def read_mount_ids(pid: int) -> frozenset[int]:
     """Ids of all mounts that the process can reach.   Source: proc_pid_mountinfo(5)."""
-    return frozenset(int(line.split(" ", 1)[0]) for line in read_proc(f"/proc/{pid}/mountinfo").splitlines())
+    return frozenset(int(line.split(b" ", 1)[0]) for line in read_proc(f"/proc/{pid}/mountinfo").splitlines())
 
 
 def status_flags(flags: int) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import msgspec
 
 from agent.engine.native.files.base import ObjectRecord, OpenFile, Scope, Workshop, status_flags
+from agent.engine.native.files.calls import is_epoll_target
 from protocol.messages import Refusal
 
 EPOLL_CTL_ADD = 1
@@ -57,9 +58,12 @@ def _stale(file: OpenFile, scope: Scope) -> list[int]:
     seen: set[int] = set()
     for entry, inode in _entries(file):
         now = by_number.get(entry.target)
-        if now is None or now.inode != inode or entry.target in seen:
-            stale.append(entry.target)
-        elif not now.link.startswith("socket:[") and not scope.comparer.is_epoll_target(scope.pid, entry.target, file.fd):
+        if (
+            now is None
+            or now.inode != inode
+            or entry.target in seen
+            or (not now.link.startswith("socket:[") and not is_epoll_target(scope.pid, entry.target, file.fd))
+        ):
             stale.append(entry.target)
         seen.add(entry.target)
     return stale

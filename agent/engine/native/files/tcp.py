@@ -16,9 +16,15 @@ import select
 import socket
 import struct
 import termios
-from dataclasses import dataclass
 
-from agent.engine.native.files.base import ObjectRecord, OpenFile, Scope, TransientStateError, status_flags
+from agent.engine.native.files.base import (
+    ObjectRecord,
+    OpenFile,
+    PreparedSocket,
+    Scope,
+    TransientStateError,
+    status_flags,
+)
 from agent.engine.native.files.socket_options import (
     SO_PEEK_OFF,
     SO_REUSEADDR,
@@ -55,7 +61,9 @@ TCPI_OPT_WSCALE = 4
 WINDOW_BYTES = 20
 # linux/sockios.h
 SIOCOUTQNSD = 0x894B
-_TCP = socket.IPPROTO_TCP
+IPPROTO_TCP = int(socket.IPPROTO_TCP)
+FAMILIES = frozenset({int(socket.AF_INET), int(socket.AF_INET6)})
+_TCP = IPPROTO_TCP
 _SO = socket.SOL_SOCKET
 _SEQUENCES = 1 << 32
 _INFO_BYTES = 8  # state, ..., options, window scales
@@ -114,20 +122,6 @@ class TcpClosed(ObjectRecord, frozen=True, kw_only=True, tag="tcp-closed"):
     buffers: Buffers
 
 
-@dataclass(slots=True)
-class PreparedSocket:
-    """What does not change in the freeze, read before it."""
-
-    sock: socket.socket
-    family: int
-    local: Address
-    peer: Address | None
-    options: list[Option]
-    buffers: Buffers
-    scales: int
-    negotiated: int
-
-
 def matches(file: OpenFile, scope: Scope) -> bool:
     """Any TCP socket that does not listen."""
     return is_tcp(file, scope) and read_state(scope.hold_socket(file).sock) != State.LISTEN
@@ -138,7 +132,7 @@ def is_tcp(file: OpenFile, scope: Scope) -> bool:
     if not file.link.startswith("socket:["):
         return False
     held = scope.hold_socket(file)
-    return held.family in {socket.AF_INET, socket.AF_INET6} and held.protocol == _TCP
+    return held.family in FAMILIES and held.protocol == _TCP
 
 
 def read_state(sock: socket.socket) -> State:
@@ -155,7 +149,9 @@ def check(file: OpenFile, scope: Scope) -> list[Refusal]:
         refusals.append(scope.refusal(file, "tcp-connection", "a connection is open, and --tcp fail was asked for"))
     if state == State.CLOSE and _is_finished(sock):
         refusals.append(
-            scope.refusal(file, "tcp-finished", "its connection is over, but the program has not closed it", "try again")
+            scope.refusal(
+                file, "tcp-finished", "its connection is over, but the program has not closed it", "try again"
+            )
         )
     return refusals
 
@@ -198,8 +194,7 @@ def prepare(file: OpenFile, scope: Scope, template: Template) -> PreparedSocket:
     info = held.sock.getsockopt(_TCP, TCP_INFO, _INFO_BYTES)
     state = State(info[0])
     return PreparedSocket(
-        sock=held.sock,
-        family=held.family,
+        held=held,
         local=Address.of(held.sock.getsockname()),
         peer=Address.of(held.sock.getpeername()) if state in CONNECTED else None,
         options=template.differing(held.sock, held.family, _TCP),
@@ -214,17 +209,17 @@ def dump(file: OpenFile, scope: Scope, prepared: PreparedSocket) -> TcpConnectio
 
     Raises: TransientStateError: it is just being made. UnsupportedError. KernelError.
     """
-    state = read_state(prepared.sock)
+    state = read_state(prepared.held.sock)
     if state == State.CLOSE:
-        if _is_finished(prepared.sock):
+        if _is_finished(prepared.held.sock):
             raise TransientStateError(
                 f"process {scope.container_pid}, fd {file.fd}: its connection has just ended, the program has not seen it"
             )
         return TcpClosed(
             id=file.id,
             flags=status_flags(file.flags),
-            family=prepared.family,
-            local=Address.of(prepared.sock.getsockname()),
+            family=prepared.held.family,
+            local=Address.of(prepared.held.sock.getsockname()),
             options=prepared.options,
             buffers=prepared.buffers,
         )
@@ -240,7 +235,7 @@ def dump(file: OpenFile, scope: Scope, prepared: PreparedSocket) -> TcpConnectio
 
 
 def _dump_connected(file: OpenFile, prepared: PreparedSocket, peer: Address, state: State) -> TcpConnection:
-    sock = prepared.sock
+    sock = prepared.held.sock
     getsockopt, setsockopt = sock.getsockopt, sock.setsockopt
     options = refresh_volatile(sock, prepared.options)
     enter_repair(sock)
@@ -266,7 +261,7 @@ def _dump_connected(file: OpenFile, prepared: PreparedSocket, peer: Address, sta
     return TcpConnection(
         id=file.id,
         flags=status_flags(file.flags),
-        family=prepared.family,
+        family=prepared.held.family,
         local=prepared.local,
         peer=peer,
         options=options,

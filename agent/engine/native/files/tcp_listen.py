@@ -9,7 +9,16 @@ import socket
 import struct
 
 from agent.engine.native.files import tcp
-from agent.engine.native.files.base import ObjectRecord, OpenFile, Scope, TransientStateError, Workshop, set_flags, status_flags
+from agent.engine.native.files.base import (
+    ObjectRecord,
+    OpenFile,
+    PreparedSocket,
+    Scope,
+    TransientStateError,
+    Workshop,
+    set_flags,
+    status_flags,
+)
 from agent.engine.native.files.socket_options import Address, Buffers, Option, set_buffers, set_options
 from protocol.errors import KernelError
 from protocol.messages import Refusal
@@ -37,9 +46,12 @@ def check(file: OpenFile, scope: Scope) -> list[Refusal]:
     return tcp.check_extras(file, scope)
 
 
-def dump(file: OpenFile, scope: Scope, prepared: tcp.PreparedSocket) -> TcpListener:
+prepare = tcp.prepare
+
+
+def dump(file: OpenFile, scope: Scope, prepared: PreparedSocket) -> TcpListener:
     """Raises: TransientStateError: connections wait to be accepted."""
-    info = prepared.sock.getsockopt(socket.IPPROTO_TCP, tcp.TCP_INFO, _QUEUE_OFFSET + 8)
+    info = prepared.held.sock.getsockopt(socket.IPPROTO_TCP, tcp.TCP_INFO, _QUEUE_OFFSET + 8)
     waiting, backlog = struct.unpack_from("II", info, _QUEUE_OFFSET)
     if waiting:
         raise TransientStateError(
@@ -49,7 +61,7 @@ def dump(file: OpenFile, scope: Scope, prepared: tcp.PreparedSocket) -> TcpListe
     return TcpListener(
         id=file.id,
         flags=status_flags(file.flags),
-        family=prepared.family,
+        family=prepared.held.family,
         local=prepared.local,
         backlog=backlog,
         options=prepared.options,

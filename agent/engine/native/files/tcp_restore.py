@@ -10,12 +10,19 @@ import time
 from agent.engine.base import RepairedSocket
 from agent.engine.native.files import tcp
 from agent.engine.native.files.base import Workshop, set_flags
-from agent.engine.native.files.calls import pidfd_getfd
 from agent.engine.native.files.fin import send_fin
-from agent.engine.native.files.socket_options import SO_SNDBUFFORCE, Address, read_buffers, set_buffers, set_options
+from agent.engine.native.files.socket_options import (
+    SO_REUSEADDR,
+    SO_SNDBUFFORCE,
+    Address,
+    read_buffers,
+    set_buffers,
+    set_options,
+)
 from agent.engine.native.files.tcp import TcpClosed, TcpConnection
 from agent.engine.native.files.tcp_listen import bind
-from protocol.errors import KernelError, TaskGoneError
+from agent.kernel.pidfd import pidfd_getfd, pidfd_open
+from protocol.errors import KernelError
 
 _TCP = socket.IPPROTO_TCP
 _SO = socket.SOL_SOCKET
@@ -36,6 +43,14 @@ def restore_closed(record: TcpClosed, workshop: Workshop) -> int:  # noqa: ARG00
         return sock.detach()
 
 
+def restore(record: TcpConnection, workshop: Workshop) -> int:
+    """The connection, still in repair mode, in the thread's network namespace. Raises: KernelError."""
+    sock = workshop.prepared_sockets.pop(record.id, None) or make(record)
+    with sock:
+        fill(sock, record)
+        return sock.detach()
+
+
 def make(record: TcpConnection) -> socket.socket:
     """The part that needs nothing of the freeze: a socket in repair mode, options set, bound."""
     sock = socket.socket(record.family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC, _TCP)
@@ -43,6 +58,8 @@ def make(record: TcpConnection) -> socket.socket:
         # Binds beside listener and siblings, and connects without a handshake.
         sock.setsockopt(_TCP, tcp.TCP_REPAIR, tcp.REPAIR_ON)
         bind(sock, record.local)
+        # Not 'forced' as repair mode made it: what it is now is what it will be after.
+        sock.setsockopt(_SO, SO_REUSEADDR, 0)
         set_options(sock, record.options)
     except BaseException:
         sock.close()
@@ -142,10 +159,7 @@ def activate(repaired: RepairedSocket) -> None:
     Needs no engine; idempotent: a socket that is live already is left alone.
     Raises: TaskGoneError: the process is gone. KernelError.
     """
-    try:
-        pidfd = os.pidfd_open(repaired.pid)
-    except ProcessLookupError as error:
-        raise TaskGoneError(f"process {repaired.pid} is gone") from error
+    pidfd = pidfd_open(repaired.pid)
     try:
         fd = pidfd_getfd(pidfd, repaired.fd)
     finally:
@@ -178,10 +192,7 @@ def leave_repair_everywhere(pid: int) -> int:
     For the agent after its engine died: the program's send() would fail. Idempotent.
     Raises: TaskGoneError: the process is gone.
     """
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError as error:
-        raise TaskGoneError(f"process {pid} is gone") from error
+    pidfd = pidfd_open(pid)
     count = 0
     try:
         for number in os.listdir(f"/proc/{pid}/fd"):

@@ -8,27 +8,18 @@ target); keyrings; a capability that the target's runtime did not give.
 
 from __future__ import annotations
 
+import re
 import struct
-from typing import Any
 
 import msgspec
 
-from agent.kernel.unistd import SYS
 from agent.engine.native.tasks.plan import CallPlan, Later
+from agent.kernel.process import PR_CAP_AMBIENT_CLEAR_ALL, PR_CAP_AMBIENT_RAISE, Prctl
+from agent.kernel.procfs import TaskStatus
+from agent.kernel.unistd import SYS
 from protocol.errors import UnsupportedError
 from protocol.messages import Record, Refusal
 
-# linux/prctl.h
-PR_SET_PDEATHSIG = 1
-PR_GET_PDEATHSIG = 2
-PR_SET_KEEPCAPS = 8
-PR_CAPBSET_DROP = 24
-PR_GET_SECUREBITS = 27
-PR_SET_SECUREBITS = 28
-PR_SET_NO_NEW_PRIVS = 38
-PR_CAP_AMBIENT = 47
-PR_CAP_AMBIENT_RAISE = 2
-PR_CAP_AMBIENT_CLEAR_ALL = 4
 # linux/capability.h
 _CAPABILITY_VERSION_3 = 0x20080522
 _LAST_CAPABILITY = 63
@@ -54,24 +45,26 @@ class Seccomp(Record, kw_only=True):
     filters: int
 
 
-def of_status(fields: dict[str, str]) -> Credentials:
+def of_status(status: TaskStatus) -> Credentials:
     """From /proc/PID/status; secure bits and death signal are not in it and stay 0."""
     return Credentials(
-        uids=[int(word) for word in fields["Uid"].split()],
-        gids=[int(word) for word in fields["Gid"].split()],
-        groups=[int(word) for word in fields["Groups"].split()],
-        permitted=int(fields["CapPrm"], 16), effective=int(fields["CapEff"], 16),
-        inheritable=int(fields["CapInh"], 16), bounding=int(fields["CapBnd"], 16),
-        ambient=int(fields.get("CapAmb", "0"), 16), no_new_privs=fields.get("NoNewPrivs", "0") == "1",
+        uids=list(status.uids), gids=list(status.gids), groups=list(status.groups),
+        permitted=status.cap_permitted, effective=status.cap_effective, inheritable=status.cap_inheritable,
+        bounding=status.cap_bounding, ambient=status.cap_ambient, no_new_privs=status.no_new_privs,
     )  # fmt: skip
 
 
-def seccomp_of_status(fields: dict[str, str]) -> Seccomp:
-    """Mode and number of filters of a thread."""
-    return Seccomp(mode=int(fields.get("Seccomp", "0")), filters=int(fields.get("Seccomp_filters", "0")))
+_FILTERS = re.compile(rb"^Seccomp_filters:\s*(\d+)", re.MULTILINE)
+_MODE = re.compile(rb"^Seccomp:\s*(\d+)", re.MULTILINE)
 
 
-def check(statuses: list[dict[str, str]], container_pid: int) -> list[Refusal]:
+def seccomp_of_status(data: bytes) -> Seccomp:
+    """Mode and number of filters of a thread, from the text of its status (the number since Linux 5.9)."""
+    mode, filters = _MODE.search(data), _FILTERS.search(data)
+    return Seccomp(mode=int(mode[1]) if mode else 0, filters=int(filters[1]) if filters else 0)
+
+
+def check(statuses: list[bytes], container_pid: int) -> list[Refusal]:
     """Refuse filters of the program's own.
 
     What the runtime installed is on every thread, one filter; preflight cannot see who installed it, the target
@@ -101,12 +94,12 @@ def check_same_seccomp(wanted: Seccomp, here: Seccomp) -> None:
         )
 
 
-def dump(fields: dict[str, str], plan: CallPlan) -> Later[Credentials]:
+def dump(status: TaskStatus, plan: CallPlan) -> Later[Credentials]:
     """From the thread's status, read in the freeze, and two injected questions."""
-    from_status = of_status(fields)
+    from_status = of_status(status)
     where = plan.reserve(4)
-    plan.must("prctl(PR_GET_PDEATHSIG)", SYS.prctl, PR_GET_PDEATHSIG, where)
-    bits = plan.must("prctl(PR_GET_SECUREBITS)", SYS.prctl, PR_GET_SECUREBITS)
+    plan.must("prctl(PR_GET_PDEATHSIG)", SYS.prctl, Prctl.GET_PDEATHSIG, where)
+    bits = plan.must("prctl(PR_GET_SECUREBITS)", SYS.prctl, Prctl.GET_SECUREBITS)
 
     def read() -> Credentials:
         (signal,) = struct.unpack("<i", plan.read(where, 4))
@@ -119,20 +112,20 @@ def restore(record: Credentials, now: Credentials, plan: CallPlan) -> None:
     """Plan what changes `now` (read from the target's thread) into `record`, in the order that keeps the right to go on."""
     before = msgspec.structs.replace(now, securebits=record.securebits, death_signal=record.death_signal)
     if record.securebits:
-        plan.must("prctl(PR_SET_SECUREBITS)", SYS.prctl, PR_SET_SECUREBITS, record.securebits)
+        plan.must("prctl(PR_SET_SECUREBITS)", SYS.prctl, Prctl.SET_SECUREBITS, record.securebits)
     if before != record:
         _restore_identity(record, now, plan)
     if record.no_new_privs and not now.no_new_privs:
-        plan.must("prctl(PR_SET_NO_NEW_PRIVS)", SYS.prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        plan.must("prctl(PR_SET_NO_NEW_PRIVS)", SYS.prctl, Prctl.SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if record.death_signal:
         # A change of credentials clears it, so it comes after them.
-        plan.must("prctl(PR_SET_PDEATHSIG)", SYS.prctl, PR_SET_PDEATHSIG, record.death_signal)
+        plan.must("prctl(PR_SET_PDEATHSIG)", SYS.prctl, Prctl.SET_PDEATHSIG, record.death_signal)
 
 
 def _restore_identity(record: Credentials, now: Credentials, plan: CallPlan) -> None:
     for number in range(_LAST_CAPABILITY + 1):
         if (now.bounding & ~record.bounding) >> number & 1:
-            plan.must("prctl(PR_CAPBSET_DROP)", SYS.prctl, PR_CAPBSET_DROP, number, 0, 0, 0)
+            plan.must("prctl(PR_CAPBSET_DROP)", SYS.prctl, Prctl.CAPBSET_DROP, number, 0, 0, 0)
     if record.groups != now.groups:
         groups = plan.place(struct.pack(f"<{len(record.groups)}I", *record.groups))
         plan.must("setgroups", SYS.setgroups, len(record.groups), groups)
@@ -140,22 +133,16 @@ def _restore_identity(record: Credentials, now: Credentials, plan: CallPlan) -> 
         plan.must("setresgid", SYS.setresgid, *record.gids[:3])
         plan.must("setfsgid", SYS.setfsgid, record.gids[3])
     if record.uids != now.uids:
-        plan.must("prctl(PR_SET_KEEPCAPS)", SYS.prctl, PR_SET_KEEPCAPS, 1, 0, 0, 0)
+        plan.must("prctl(PR_SET_KEEPCAPS)", SYS.prctl, Prctl.SET_KEEPCAPS, 1, 0, 0, 0)
         plan.must("setresuid", SYS.setresuid, *record.uids[:3])
         plan.must("setfsuid", SYS.setfsuid, record.uids[3])
-        plan.must("prctl(PR_SET_KEEPCAPS)", SYS.prctl, PR_SET_KEEPCAPS, 0, 0, 0, 0)
+        plan.must("prctl(PR_SET_KEEPCAPS)", SYS.prctl, Prctl.SET_KEEPCAPS, 0, 0, 0, 0)
     header = plan.place(struct.pack("<Ii", _CAPABILITY_VERSION_3, 0))
     sets = (record.effective, record.permitted, record.inheritable)
     data = [value >> shift & 0xFFFFFFFF for shift in (0, 32) for value in sets]
     plan.must("capset", SYS.capset, header, plan.place(struct.pack("<6I", *data)))
     if record.ambient != now.ambient or record.uids != now.uids:
-        plan.must("prctl(PR_CAP_AMBIENT)", SYS.prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+        plan.must("prctl(PR_CAP_AMBIENT)", SYS.prctl, Prctl.CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
         for number in range(_LAST_CAPABILITY + 1):
             if record.ambient >> number & 1:
-                plan.must("prctl(PR_CAP_AMBIENT)", SYS.prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, number, 0, 0)
-
-
-def differences(record: Credentials, now: Credentials) -> list[str]:
-    """Names of fields that differ, for a clear message."""
-    fields: dict[str, Any] = msgspec.structs.asdict(record)
-    return [name for name, value in fields.items() if getattr(now, name) != value]
+                plan.must("prctl(PR_CAP_AMBIENT)", SYS.prctl, Prctl.CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, number, 0, 0)

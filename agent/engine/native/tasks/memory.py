@@ -20,7 +20,7 @@ from typing import Annotated
 
 import msgspec
 
-from agent.engine.native.tasks import procfs
+from agent.kernel.procfs import MemoryArea, read_maps, read_vm_flags
 from protocol.messages import Record, Refusal
 
 # asm-generic/mman-common.h
@@ -31,10 +31,8 @@ PROT_FILL = PROT_READ | PROT_WRITE
 PAGE_BYTES = 4096
 # The end of user addresses of any machine that is known here.
 MAX_ADDRESS = 1 << 56
-_VDSO_NAMES = frozenset({"[vdso]", "[vvar]", "[vvar_vclock]"})
-_VSYSCALL = "[vsyscall]"
-_SHARED_ANONYMOUS = "/dev/zero (deleted)"
-_ESCAPE = re.compile(r"\\012")
+_SHARED_ANONYMOUS = "/dev/zero"
+_NO_FLAGS: frozenset[str] = frozenset()
 # VmFlags of smaps that can be asked for again, see `advice_calls` in layout.py.   Source: proc_pid_smaps(5).
 _FLAGS_KEPT = frozenset({"dc", "wf", "dd", "hg", "nh", "mg", "sr", "rr", "lo"})
 _FLAG_HUGETLB = "ht"
@@ -74,9 +72,12 @@ class Area(Record, kw_only=True):
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """Two areas that touch and are equal in this may be made by one mmap."""
+        """What decides whether the pages of a range are still those of the same mapping.
+
+        Hints are no part of it: they are read later than the areas, and a range must not be mapped anew for them.
+        """
         base = self.offset - self.start if self.kind is AreaKind.FILE else 0
-        return self.kind, self.shared, self.grows_down, self.no_reserve, self.path, base
+        return self.kind, self.shared, self.path, base
 
     @property
     def is_tracked(self) -> bool:
@@ -95,92 +96,37 @@ class Area(Record, kw_only=True):
         return PROT_FILL if self.prot else 0
 
 
-@dataclass(frozen=True, slots=True)
-class MappedLine:
-    """One line of /proc/PID/maps."""
-
-    start: int
-    end: int
-    permissions: str
-    offset: int
-    inode: int
-    path: str
-
-    @property
-    def prot(self) -> int:
-        """PROT_ bits."""
-        bits = zip("rwx", (PROT_READ, PROT_WRITE, PROT_EXEC), strict=True)
-        return sum(bit for letter, bit in bits if letter in self.permissions)
-
-    @property
-    def is_shared(self) -> bool:
-        """MAP_SHARED."""
-        return self.permissions[3] == "s"
-
-
-def parse_maps(text: str) -> list[MappedLine]:
-    """Source: proc_pid_maps(5)."""
-    lines = []
-    for line in text.splitlines():
-        words = line.split(None, 5)
-        start, _, end = words[0].partition("-")
-        path = _ESCAPE.sub("\n", words[5]) if len(words) > 5 else ""  # noqa: PLR2004 - six columns
-        lines.append(
-            MappedLine(int(start, 16), int(end, 16), words[1], int(words[2], 16), int(words[4]), path)
-        )
-    return lines
-
-
-def parse_flags(smaps: str) -> dict[int, tuple[str, ...]]:
-    """VmFlags by start address, from /proc/PID/smaps."""
-    found: dict[int, tuple[str, ...]] = {}
-    start = 0
-    for line in smaps.splitlines():
-        word = line.split(None, 1)[0]
-        if word == "VmFlags:":
-            found[start] = tuple(line.split()[1:])
-        elif not word.endswith(":"):
-            start = int(word.partition("-")[0], 16)
-    return found
-
-
-def read_flags(pid: int) -> dict[int, tuple[str, ...]]:
-    """VmFlags by start address. Walks the page tables: milliseconds for a large process, so not in the freeze."""
-    return parse_flags(procfs.read_text(f"/proc/{pid}/smaps"))
-
-
-def areas_of(lines: Iterable[MappedLine], flags: dict[int, tuple[str, ...]]) -> list[Area]:
-    """The areas that travel. One that is not in `flags` has appeared since: its hints are those of no madvise.
-
-    Of an area that has grown downwards or was split the hints are those of what was there before.
-    """
-    known = sorted(flags)
+def areas_of(lines: Iterable[MemoryArea], flags: dict[int, frozenset[str]]) -> list[Area]:
+    """The areas that travel. One that is not in `flags` has appeared since: its hints are those of no madvise."""
     areas = []
     for line in lines:
-        if line.path in _VDSO_NAMES or line.path == _VSYSCALL:
+        if line.is_kernel_page:
             continue
-        letters = frozenset(flags.get(line.start, ()))
+        letters = flags.get(line.start, _NO_FLAGS)
         kind = _kind_of(line)
         name = line.path[6:-1] if line.path.startswith("[anon:") else ""
         areas.append(
             Area(
-                start=line.start, end=line.end, prot=line.prot, kind=kind, shared=line.is_shared,
+                start=line.start, end=line.end, prot=line.protection, kind=kind, shared=line.is_shared,
                 grows_down="gd" in letters or line.path == "[stack]",
                 no_reserve="nr" in letters,
                 path=line.path if kind is AreaKind.FILE else "", offset=line.offset if kind is AreaKind.FILE else 0,
                 flags=sorted(letters & _FLAGS_KEPT), name=name,
             )
         )  # fmt: skip
-    del known
     return areas
 
 
-def _kind_of(line: MappedLine) -> AreaKind:
-    if line.path == _SHARED_ANONYMOUS and line.is_shared:
+def _kind_of(line: MemoryArea) -> AreaKind:
+    if _is_shared_anonymous(line):
         return AreaKind.SHARED
     if line.path.startswith("/") and line.inode:
         return AreaKind.FILE
     return AreaKind.ANONYMOUS
+
+
+def _is_shared_anonymous(line: MemoryArea) -> bool:
+    return line.path == _SHARED_ANONYMOUS and line.is_shared and line.deleted
 
 
 # ---------------------------------------------------------------- check
@@ -191,11 +137,11 @@ _MEMFD = re.compile(r"^/(memfd:|SYSV[0-9a-f]{8})")
 
 def check(pid: int, container_pid: int, *, storage: str) -> list[Refusal]:
     """Refuse areas that cannot be made again or whose contents would not travel."""
-    lines = parse_maps(procfs.read_text(f"/proc/{pid}/maps"))
-    flags = read_flags(pid)
+    lines = read_maps(pid)
+    flags = read_vm_flags(pid)
     refusals = []
     for line in lines:
-        reason = _reason_against(line, frozenset(flags.get(line.start, ())), storage)
+        reason = _reason_against(line, flags.get(line.start, _NO_FLAGS), storage)
         if reason is not None:
             code, text, hint = reason
             shown = line.path or "anonymous memory"
@@ -208,7 +154,7 @@ def check(pid: int, container_pid: int, *, storage: str) -> list[Refusal]:
     return refusals
 
 
-def _reason_against(line: MappedLine, flags: frozenset[str], storage: str) -> tuple[str, str, str] | None:
+def _reason_against(line: MemoryArea, flags: frozenset[str], storage: str) -> tuple[str, str, str] | None:
     path = line.path
     if path.startswith("/[aio]"):
         return "aio", "asynchronous I/O (io_setup) cannot be moved", "turn native AIO off in the program"
@@ -224,16 +170,16 @@ def _reason_against(line: MappedLine, flags: frozenset[str], storage: str) -> tu
         return "uprobes", "a probe is set in the program", "end the tracing tool"
     if path.startswith("[") or not path:
         return None
-    if path == _SHARED_ANONYMOUS and line.is_shared:
+    if _is_shared_anonymous(line):
         return None
     if not path.startswith("/") or _FLAG_IO in flags:
         return "special-mapping", "memory of a device or of the kernel cannot be moved", ""
-    if path.endswith(" (deleted)"):
+    if line.deleted:
         return (
             "deleted-file", "the file was deleted or replaced since it was mapped",
             "restart the container, so that it maps what is on disk",
         )  # fmt: skip
-    if line.is_shared and line.prot & PROT_WRITE and storage != "shared":
+    if line.is_shared and line.protection & PROT_WRITE and storage != "shared":
         return (
             "shared-file-mapping", "a shared writable mapping of a file: its changes would stay on the source",
             "use storage that both hosts share, and --storage shared",
@@ -284,7 +230,11 @@ def changes(old: Sequence[Area], new: Sequence[Area]) -> Changes:
 
 def _touches(left: Area, right: Area) -> bool:
     """Whether one mmap may make both."""
-    return left.identity == right.identity and left.filling_prot == right.filling_prot
+    return _making(left) == _making(right)
+
+
+def _making(area: Area) -> tuple[object, ...]:
+    return area.identity, area.filling_prot, area.grows_down, area.no_reserve
 
 
 def _cut(area: Area, start: int, end: int) -> Area:

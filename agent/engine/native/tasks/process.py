@@ -12,27 +12,19 @@ import os
 import resource
 import struct
 
-from agent.kernel.unistd import SYS
-from agent.engine.native.tasks import procfs
 from agent.engine.native.tasks.plan import CallPlan, Later
+from agent.engine.native.tasks.procfile import ProcFile
+from agent.kernel.process import PR_SET_MM_MAP, Prctl
+from agent.kernel.procfs import TaskStatus, read_link, read_proc, read_stat
+from agent.kernel.unistd import SYS
 from protocol.errors import KernelError, UnsupportedError
 from protocol.messages import Record, Refusal
 
-# linux/prctl.h
-PR_GET_DUMPABLE = 3
-PR_SET_DUMPABLE = 4
-PR_SET_MM = 35
-PR_SET_MM_MAP = 14
-PR_SET_CHILD_SUBREAPER = 36
-PR_GET_CHILD_SUBREAPER = 37
-PR_SET_THP_DISABLE = 41
-PR_GET_THP_DISABLE = 42
 _DUMPABLE_BY_ROOT = 2
 _NO_FILE = 0xFFFFFFFF
 # struct prctl_mm_map: eleven addresses, pointer to auxv, its size, descriptor of the exe.
 _MM_MAP = struct.Struct("<11QQII")
 _LIMITS = range(16)
-_PERSONALITY_QUERY = 0xFFFFFFFF
 
 
 class MemoryMap(Record, kw_only=True):
@@ -74,14 +66,13 @@ class ProcessFiles:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self.stat = procfs.ProcFile(f"/proc/{pid}/stat")
-        self.timers = procfs.ProcFile(f"/proc/{pid}/timers")
-        self.personality = procfs.ProcFile(f"/proc/{pid}/personality")
-        self.oom_score_adj = procfs.ProcFile(f"/proc/{pid}/oom_score_adj")
+        self.timers = ProcFile(f"/proc/{pid}/timers")
+        self.personality = ProcFile(f"/proc/{pid}/personality")
+        self.oom_score_adj = ProcFile(f"/proc/{pid}/oom_score_adj")
 
     def close(self) -> None:
         """Idempotent."""
-        for file in (self.stat, self.timers, self.personality, self.oom_score_adj):
+        for file in (self.timers, self.personality, self.oom_score_adj):
             file.close()
 
 
@@ -89,7 +80,7 @@ def check(pid: int, container_pid: int) -> list[Refusal]:
     """Refuse what cannot be found again by its path."""
     refusals = []
     for what, name in (("cwd", "working directory"), ("exe", "program"), ("root", "root directory")):
-        link = procfs.read_link(f"/proc/{pid}/{what}")
+        link = read_link(f"/proc/{pid}/{what}")
         if link.endswith(" (deleted)"):
             refusals.append(
                 Refusal(
@@ -98,39 +89,37 @@ def check(pid: int, container_pid: int) -> list[Refusal]:
                     hint="restart the container, so that it runs what is on disk",
                 )
             )  # fmt: skip
-    if procfs.read_link(f"/proc/{pid}/root") != "/":
+    if read_link(f"/proc/{pid}/root") != "/":
         refusals.append(
             Refusal(
-                code="chroot", pid=container_pid, object=procfs.read_link(f"/proc/{pid}/root"),
+                code="chroot", pid=container_pid, object=read_link(f"/proc/{pid}/root"),
                 message=f"process {container_pid} has changed its root directory (chroot), which is not carried yet",
             )
         )  # fmt: skip
     return refusals
 
 
-def dump(files: ProcessFiles, status: dict[str, str], plan: CallPlan) -> Later[ProcessAttributes]:
+def dump(files: ProcessFiles, status: TaskStatus, plan: CallPlan) -> Later[ProcessAttributes]:
     """Read /proc in the freeze and plan the questions that have no file there."""
     brk = plan.must("brk", SYS.brk, 0)
-    dumpable = plan.must("prctl(PR_GET_DUMPABLE)", SYS.prctl, PR_GET_DUMPABLE)
+    dumpable = plan.must("prctl(PR_GET_DUMPABLE)", SYS.prctl, Prctl.GET_DUMPABLE)
     subreaper = plan.reserve(4)
-    plan.must("prctl(PR_GET_CHILD_SUBREAPER)", SYS.prctl, PR_GET_CHILD_SUBREAPER, subreaper)
-    thp_disable = plan.call("prctl(PR_GET_THP_DISABLE)", SYS.prctl, PR_GET_THP_DISABLE, 0, 0, 0, 0)
+    plan.must("prctl(PR_GET_CHILD_SUBREAPER)", SYS.prctl, Prctl.GET_CHILD_SUBREAPER, subreaper)
+    thp_disable = plan.call("prctl(PR_GET_THP_DISABLE)", SYS.prctl, Prctl.GET_THP_DISABLE, 0, 0, 0, 0)
     pid = files.pid
-    stat = procfs.stat_fields(files.stat.read())
-
-    def field(number: int) -> int:
-        return int(stat[number - 3])
 
     def read() -> ProcessAttributes:
+        stat = read_stat(pid)
         return ProcessAttributes(
             memory_map=MemoryMap(
-                start_code=field(26), end_code=field(27), start_data=field(45), end_data=field(46),
-                start_brk=field(47), brk=brk.value, start_stack=field(28), arg_start=field(48), arg_end=field(49),
-                env_start=field(50), env_end=field(51), auxv=procfs.read_bytes(f"/proc/{pid}/auxv"),
+                start_code=stat.start_code, end_code=stat.end_code, start_data=stat.start_data,
+                end_data=stat.end_data, start_brk=stat.start_brk, brk=brk.value, start_stack=stat.start_stack,
+                arg_start=stat.arg_start, arg_end=stat.arg_end, env_start=stat.env_start, env_end=stat.env_end,
+                auxv=read_proc(f"/proc/{pid}/auxv"),
             ),
             limits=read_limits(pid),
-            umask=int(status["Umask"], 8),
-            directory=procfs.read_link(f"/proc/{pid}/cwd"),
+            umask=status.umask or 0,
+            directory=read_link(f"/proc/{pid}/cwd"),
             personality=int(files.personality.read(), 16),
             oom_score_adj=int(files.oom_score_adj.read()),
             dumpable=dumpable.value,
@@ -151,7 +140,7 @@ def restore(record: ProcessAttributes, plan: CallPlan) -> None:
     the_map = record.memory_map
     auxv = plan.place(the_map.auxv)
     plan.must(
-        "prctl(PR_SET_MM_MAP)", SYS.prctl, PR_SET_MM, PR_SET_MM_MAP,
+        "prctl(PR_SET_MM_MAP)", SYS.prctl, Prctl.SET_MM, PR_SET_MM_MAP,
         plan.place(
             _MM_MAP.pack(
                 the_map.start_code, the_map.end_code, the_map.start_data, the_map.end_data, the_map.start_brk,
@@ -165,10 +154,10 @@ def restore(record: ProcessAttributes, plan: CallPlan) -> None:
     plan.must("personality", SYS.personality, record.personality)
     plan.must(f"chdir({record.directory})", SYS.chdir, plan.place(os.fsencode(record.directory) + b"\0"))
     if record.child_subreaper:
-        plan.must("prctl(PR_SET_CHILD_SUBREAPER)", SYS.prctl, PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        plan.must("prctl(PR_SET_CHILD_SUBREAPER)", SYS.prctl, Prctl.SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     if record.thp_disable:
         plan.must(
-            "prctl(PR_SET_THP_DISABLE)", SYS.prctl, PR_SET_THP_DISABLE, record.thp_disable & 1,
+            "prctl(PR_SET_THP_DISABLE)", SYS.prctl, Prctl.SET_THP_DISABLE, record.thp_disable & 1,
             record.thp_disable & ~1, 0, 0,
         )  # fmt: skip
 
@@ -176,7 +165,7 @@ def restore(record: ProcessAttributes, plan: CallPlan) -> None:
 def restore_dumpable(record: ProcessAttributes, plan: CallPlan) -> None:
     """After the credentials. 'Readable by root only' cannot be set; the nearest that can is 'not at all'."""
     value = 0 if record.dumpable == _DUMPABLE_BY_ROOT else record.dumpable
-    plan.must("prctl(PR_SET_DUMPABLE)", SYS.prctl, PR_SET_DUMPABLE, value, 0, 0, 0)
+    plan.must("prctl(PR_SET_DUMPABLE)", SYS.prctl, Prctl.SET_DUMPABLE, value, 0, 0, 0)
 
 
 def restore_from_outside(record: ProcessAttributes, pid: int) -> None:

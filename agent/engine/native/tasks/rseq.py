@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import struct
 
-from agent.kernel.unistd import SYS
 from agent.engine.native.tasks.plan import CallPlan
+from agent.kernel.unistd import SYS
 from protocol.messages import Record
 
 # struct rseq (linux/rseq.h): cpu_id_start, cpu_id, then the pointer to the critical section.

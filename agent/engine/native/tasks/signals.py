@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import signal
 
-from agent.kernel.unistd import SYS
 from agent.engine.native.tasks.plan import CallPlan, Later
+from agent.kernel.unistd import SYS
 from protocol.messages import Record
 
 SIGNALS = range(1, 65)

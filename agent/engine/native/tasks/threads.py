@@ -7,18 +7,14 @@ Does not survive: nothing that is known of.
 from __future__ import annotations
 
 import os
+import re
 import struct
 
-from agent.kernel.unistd import SYS
-from agent.engine.native.tasks import calls
 from agent.engine.native.tasks.plan import CallPlan, Later
+from agent.kernel.process import Prctl, get_robust_list
+from agent.kernel.unistd import SYS
 from protocol.messages import Record
 
-# linux/prctl.h
-PR_SET_NAME = 15
-PR_SET_TIMERSLACK = 29
-PR_GET_TIMERSLACK = 30
-PR_GET_TID_ADDRESS = 40
 # linux/sched.h: a thread as pthread_create makes it, without what the C library adds.
 CLONE_THREAD_FLAGS = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000  # VM FS FILES SIGHAND THREAD SYSVSEM
 # asm-generic/signal-defs.h
@@ -40,17 +36,17 @@ class ThreadAttributes(Record, kw_only=True):
 def dump(tid: int, name: bytes, plan: CallPlan) -> Later[ThreadAttributes]:
     """`tid` is the host's."""
     address = plan.reserve(8)
-    plan.must("prctl(PR_GET_TID_ADDRESS)", SYS.prctl, PR_GET_TID_ADDRESS, address, 0, 0, 0)
+    plan.must("prctl(PR_GET_TID_ADDRESS)", SYS.prctl, Prctl.GET_TID_ADDRESS, address, 0, 0, 0)
     stack = plan.reserve(_STACK_BYTES)
     plan.must("sigaltstack", SYS.sigaltstack, 0, stack)
-    slack = plan.must("prctl(PR_GET_TIMERSLACK)", SYS.prctl, PR_GET_TIMERSLACK, 0, 0, 0, 0)
-    robust, robust_bytes = calls.get_robust_list(tid)
+    slack = plan.must("prctl(PR_GET_TIMERSLACK)", SYS.prctl, Prctl.GET_TIMERSLACK, 0, 0, 0, 0)
+    robust = get_robust_list(tid)
 
     def read() -> ThreadAttributes:
         (tid_address,) = struct.unpack("<Q", plan.read(address, 8))
         return ThreadAttributes(
             name=name, tid_address=tid_address, alternate_stack=plan.read(stack, _STACK_BYTES),
-            robust_list=robust, robust_list_bytes=robust_bytes, timer_slack_ns=slack.value,
+            robust_list=robust.address, robust_list_bytes=robust.size_bytes, timer_slack_ns=slack.value,
         )  # fmt: skip
 
     return read
@@ -59,7 +55,7 @@ def dump(tid: int, name: bytes, plan: CallPlan) -> Later[ThreadAttributes]:
 def restore(record: ThreadAttributes, plan: CallPlan) -> None:
     """To be run by the thread itself, on a stack that is not its alternate one."""
     plan.must("set_tid_address", SYS.set_tid_address, record.tid_address)
-    plan.must("prctl(PR_SET_NAME)", SYS.prctl, PR_SET_NAME, plan.place(record.name.ljust(NAME_BYTES, b"\0")))
+    plan.must("prctl(PR_SET_NAME)", SYS.prctl, Prctl.SET_NAME, plan.place(record.name.ljust(NAME_BYTES, b"\0")))
     (flags,) = struct.unpack_from("<I", record.alternate_stack, 8)
     if not flags & _SS_DISABLE:
         # SS_ONSTACK is what the kernel says, not what it takes; SS_AUTODISARM (bit 31) is.
@@ -67,9 +63,12 @@ def restore(record: ThreadAttributes, plan: CallPlan) -> None:
         plan.must("sigaltstack", SYS.sigaltstack, plan.place(stack), 0)
     if record.robust_list:
         plan.must("set_robust_list", SYS.set_robust_list, record.robust_list, record.robust_list_bytes)
-    plan.must("prctl(PR_SET_TIMERSLACK)", SYS.prctl, PR_SET_TIMERSLACK, record.timer_slack_ns, 0, 0, 0)
+    plan.must("prctl(PR_SET_TIMERSLACK)", SYS.prctl, Prctl.SET_TIMERSLACK, record.timer_slack_ns, 0, 0, 0)
+
+
+_ESCAPED = re.compile(rb"\\([n\\])")
 
 
 def unescape_name(text: str) -> bytes:
     r"""The Name of /proc/PID/status as bytes: backslash and newline are escaped in it.   Source: fs/proc/array.c."""
-    return os.fsencode(text).replace(b"\\n", b"\n").replace(b"\\\\", b"\\")
+    return _ESCAPED.sub(lambda found: b"\n" if found[1] == b"n" else b"\\", os.fsencode(text))

@@ -6,9 +6,9 @@ Does not survive: POSIX timers (timer_create); a process that has one is refused
 
 from __future__ import annotations
 
-from agent.kernel.unistd import SYS
 from agent.engine.native.tasks.plan import CallPlan, Later
-from agent.engine.native.tasks.procfs import read_text
+from agent.kernel.procfs import read_proc
+from agent.kernel.unistd import SYS
 from protocol.messages import Record, Refusal
 
 # struct itimerval: interval and value, each seconds and microseconds.
@@ -24,8 +24,7 @@ class IntervalTimers(Record, kw_only=True):
 
 def check(pid: int, container_pid: int) -> list[Refusal]:
     """Refuse POSIX timers.   Source: proc_pid_timers(5)."""
-    text = read_text(f"/proc/{pid}/timers")
-    count = sum(line.startswith("ID:") for line in text.splitlines())
+    count = count_posix_timers(read_proc(f"/proc/{pid}/timers"))
     if not count:
         return []
     return [
@@ -34,6 +33,11 @@ def check(pid: int, container_pid: int) -> list[Refusal]:
             message=f"process {container_pid} has {count} POSIX timers (timer_create), which are not carried yet",
         )
     ]  # fmt: skip
+
+
+def count_posix_timers(timers: bytes) -> int:
+    """In the text of /proc/PID/timers."""
+    return timers.count(b"ID: ")
 
 
 def dump(plan: CallPlan) -> Later[IntervalTimers]:

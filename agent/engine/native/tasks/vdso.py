@@ -13,9 +13,11 @@ from typing import Annotated
 import msgspec
 import xxhash
 
-from agent.kernel.unistd import SYS
-from agent.engine.native.tasks.memory import Address, MappedLine
+from agent.engine.native.tasks.memory import Address
 from agent.engine.native.tasks.plan import CallPlan
+from agent.kernel.memory import open_mem, pread_mem
+from agent.kernel.procfs import MemoryArea
+from agent.kernel.unistd import SYS
 from protocol.errors import UnsupportedError
 from protocol.messages import Record
 
@@ -47,7 +49,7 @@ class Vdso(Record, kw_only=True):
         return max((part.offset + part.size_bytes for part in self.parts), default=0)
 
 
-def find(pid: int, lines: Iterable[MappedLine]) -> Vdso:
+def find(pid: int, lines: Iterable[MemoryArea]) -> Vdso:
     """Of a process of this host. `parts` is empty when it has none. Raises: TaskGoneError."""
     found = sorted((line for line in lines if line.path in NAMES), key=lambda line: line.start)
     if not found:
@@ -56,13 +58,13 @@ def find(pid: int, lines: Iterable[MappedLine]) -> Vdso:
     digest = ""
     for line in found:
         if line.path == _CODE:
-            fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+            mem = open_mem(pid)
             try:
-                digest = xxhash.xxh3_128_hexdigest(os.pread(fd, line.end - line.start, line.start))
+                digest = xxhash.xxh3_128_hexdigest(pread_mem(mem, line.start, line.size_bytes))
             finally:
-                os.close(fd)
+                os.close(mem)
     parts = [
-        VdsoPart(name=line.path, offset=line.start - start, size_bytes=line.end - line.start) for line in found
+        VdsoPart(name=line.path, offset=line.start - start, size_bytes=line.size_bytes) for line in found
     ]
     return Vdso(start=start, parts=parts, digest=digest)
 

@@ -1,0 +1,75 @@
+"""All kinds of open files, in the order they are asked. A new kind is one file and its lines here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from agent.engine.native.files import (
+    devices,
+    epoll,
+    eventfd,
+    pipes,
+    regular_files,
+    signalfd,
+    stdio,
+    tcp,
+    tcp_listen,
+    tcp_restore,
+    timerfd,
+    unsupported,
+)
+from agent.engine.native.files.base import Kind, ObjectRecord, OpenFile, Scope, SocketKind, Workshop
+from agent.engine.native.files.devices import MemoryDevice
+from agent.engine.native.files.epoll import Epoll
+from agent.engine.native.files.eventfd import EventFd
+from agent.engine.native.files.pipes import PipeEnd
+from agent.engine.native.files.regular_files import RegularFile
+from agent.engine.native.files.signalfd import SignalFd
+from agent.engine.native.files.stdio import ExternalStdio
+from agent.engine.native.files.tcp import TcpClosed, TcpConnection
+from agent.engine.native.files.tcp_listen import TcpListener
+from agent.engine.native.files.timerfd import TimerFd
+
+ObjectOnWire = (
+    RegularFile | MemoryDevice | ExternalStdio | PipeEnd | EventFd | TimerFd | SignalFd | Epoll
+    | TcpListener | TcpConnection | TcpClosed
+)  # fmt: skip
+
+# The first that matches has it; the last matches all.
+_KINDS: tuple[Kind, ...] = (
+    devices, pipes, eventfd, timerfd, signalfd, epoll, stdio, regular_files, unsupported,
+)  # fmt: skip
+# Asked first for every socket: much of them is read before the freeze.
+_SOCKET_KINDS: tuple[SocketKind, ...] = (tcp_listen, tcp)
+
+_RESTORE: dict[type[ObjectRecord], Callable[[Any, Workshop], int]] = {
+    RegularFile: regular_files.restore,
+    MemoryDevice: devices.restore,
+    ExternalStdio: stdio.restore,
+    PipeEnd: pipes.restore,
+    EventFd: eventfd.restore,
+    TimerFd: timerfd.restore,
+    SignalFd: signalfd.restore,
+    Epoll: epoll.restore,
+    TcpListener: tcp_listen.restore,
+    TcpClosed: tcp_restore.restore_closed,
+    TcpConnection: tcp_restore.restore,
+}
+
+
+def find_socket_kind(file: OpenFile, scope: Scope) -> SocketKind | None:
+    """The kind whose static part is read before the freeze."""
+    if not file.link.startswith("socket:["):
+        return None
+    return next((kind for kind in _SOCKET_KINDS if kind.matches(file, scope)), None)
+
+
+def find_kind(file: OpenFile, scope: Scope) -> Kind:
+    """The kind of any other open file; `unsupported` has what nobody else takes."""
+    return next(kind for kind in _KINDS if kind.matches(file, scope))
+
+
+def restore_object(record: ObjectRecord, workshop: Workshop) -> int:
+    """Make one open file: our descriptor of it. Raises: KernelError, UnsupportedError."""
+    return _RESTORE[type(record)](record, workshop)

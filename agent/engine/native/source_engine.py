@@ -1,0 +1,274 @@
+"""The source's engine: the order of work, from arming the tracker to letting go."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+
+from agent.engine import base
+from agent.engine.native import files, sections, tree
+from agent.engine.native.freeze import FrozenProcess, freeze_process
+from agent.engine.native.ports import Ports
+from agent.engine.native.source_dump import TaskDump
+from agent.engine.native.source_layout import SourceLayout
+from agent.engine.native.source_task import SourceTask
+from agent.engine.native.stages import Clock, Deadline
+from agent.network import cut as network_cut
+from protocol.errors import MigrateError, UnsupportedError
+from protocol.messages import RoundReport
+
+_log = logging.getLogger(__name__)
+
+# A round of a large container over a slow link; the service has the time limit that matters.
+_FLUSH_TIMEOUT_S = 24 * 3600.0
+# Before the freeze the target makes threads and protections: milliseconds, on a loaded host seconds.
+_AHEAD_TIMEOUT_S = 60.0
+# Letting other tasks of this host run just before ours stop them: without it the container starts its freeze late.
+_SETTLE_S = 0.006
+
+
+class SourceEngine:
+    """One container on its way out.
+
+    Every method may raise MigrateError; `thaw` is legal then and always.
+    """
+
+    def __init__(self, ports: Ports) -> None:
+        self._ports = ports
+        self._task: SourceTask | None = None
+        self._flushes = 0
+        self._freeze: _Freeze | None = None
+
+    # ------------------------------------------------------------ before the freeze
+
+    def arm(self, request: base.SourceArm) -> base.SourceArmed:
+        """Seize for a moment, arm the tracker, tell stream and target what comes."""
+        refused = tree.check(request.pid)
+        if refused:
+            raise UnsupportedError(refused[0].message, code=refused[0].code, hint=refused[0].hint)
+        self._task = SourceTask(request.pid, tree.INIT_TASK, tcp=request.tcp, storage=request.storage)
+        stop_ms = self._task.arm()
+        self._ports.stream.send(self._task.opened())
+        self._send([self._task.begin()])
+        return base.SourceArmed(stop_ms=stop_ms)
+
+    def round(self, request: base.SourceRound) -> base.SourceRoundDone:
+        """Everything that has changed since the last round, and wait until the target has it."""
+        task = self._armed
+        started = time.monotonic()
+        task.layout.look()
+        self._send(task.layout.changed())
+        scan = task.scan()
+        scan_ms = (time.monotonic() - started) * 1000
+        self._send(task.layout.opened_for(scan.ranges))
+        for runs in scan.reads(task.number, final=False):
+            self._ports.stream.send(runs)
+        if request.round > 0:
+            # In the first the target has nothing yet that could be dropped.
+            self._send(scan.holes(task.number))
+        flushed = self._flush(_FLUSH_TIMEOUT_S)
+        return base.SourceRoundDone(
+            report=RoundReport(
+                round=request.round, dirty_bytes=scan.dirty_bytes,
+                sent_bytes=max(0, flushed.read_bytes - flushed.zero_bytes), zero_bytes=flushed.zero_bytes,
+                wire_bytes=flushed.wire_bytes, ms=(time.monotonic() - started) * 1000, scan_ms=scan_ms,
+                remaining_bytes=task.dirty_bytes(),
+            )
+        )  # fmt: skip
+
+    def _flush(self, timeout_s: float) -> base.Flushed:
+        self._flushes += 1
+        self._ports.stream.send(base.Flush(number=self._flushes))
+        while True:
+            flushed = self._ports.wait_stream(base.Flushed, timeout_s)
+            if flushed.number == self._flushes:  # else: of a round that was given up
+                return flushed
+
+    # ------------------------------------------------------------ the freeze
+
+    def cut_over(self, request: base.SourceCutOver) -> base.SourceDumped:
+        """All that can be done before, then the freeze. After an error the container runs on and nothing is held."""
+        freeze = _Freeze(self._ports, self._armed, request)
+        self._freeze = freeze
+        try:
+            self._prepare(freeze)
+            with _undisturbed():
+                return freeze.run()
+        except BaseException:
+            self._freeze = None
+            freeze.undo()
+            raise
+
+    def _prepare(self, freeze: _Freeze) -> None:
+        """The target builds all that is known; whatever takes long is opened, planned and looked up."""
+        task = self._armed
+        freeze.prepare()
+        task.layout.look()
+        self._send(task.layout.changed())
+        self._send(task.layout.finished())
+        self._send([freeze.dump.threads()])
+        self._flush(_AHEAD_TIMEOUT_S)
+
+    # ------------------------------------------------------------ after it
+
+    def verify_stop(self) -> base.SourceStopVerified:
+        """Whether every task still stands where it was dumped."""
+        if self._freeze is None:
+            return base.SourceStopVerified(unbroken=False, detail="nothing is frozen")
+        detail = self._freeze.broken()
+        return base.SourceStopVerified(unbroken=not detail, detail=detail)
+
+    def thaw(self) -> None:
+        """Everything back, in the order that loses nothing; idempotent."""
+        freeze, self._freeze = self._freeze, None
+        if freeze is not None:
+            freeze.undo()
+        if self._task is not None:
+            self._task.close()
+            self._task = None
+
+    def release(self) -> None:
+        """The service has killed the tasks: reap them, so that their runtime can delete the container."""
+        freeze, self._freeze = self._freeze, None
+        if freeze is not None:
+            freeze.release()
+        if self._task is not None:
+            self._task.close()
+            self._task = None
+
+    # ------------------------------------------------------------ helpers
+
+    @property
+    def _armed(self) -> SourceTask:
+        if self._task is None:
+            raise MigrateError("nothing is armed", code="process")
+        return self._task
+
+    def _send(self, list_of_sections: Sequence[sections.Section]) -> None:
+        for section in list_of_sections:
+            self._ports.send_section(sections.encode(section))
+
+
+class _Freeze:
+    """One freeze of one container, with the undo of each step beside it."""
+
+    def __init__(self, ports: Ports, task: SourceTask, request: base.SourceCutOver) -> None:
+        self._ports = ports
+        self._task = task
+        self._request = request
+        self._frozen: FrozenProcess | None = None
+        self._files: files.PreparedDump | None = None
+        self._cuts: list[network_cut.Cut] = []
+        self._is_cut = False
+        self.dump: TaskDump
+
+    def prepare(self) -> None:
+        """Before anything stops."""
+        task = self._task
+        for plan in self._request.cut:
+            prepared = network_cut.prepare_cut(plan)
+            self._cuts.append(prepared)
+            self._ports.stream.send(base.CapturePackets(), [prepared.capture.fileno()])
+        self._files = files.PreparedDump.prepare(task.pid, task.pidfd, task.tcp)
+        self.dump = TaskDump(task.pid, task.number)
+
+    def run(self) -> base.SourceDumped:
+        """Stop, look, hand over. Everything sent is in the order in which the target applies it."""
+        task, ports = self._task, self._ports
+        clock = Clock()
+        deadline = Deadline(self._request.freeze_budget_s)
+        self._frozen = freeze_process(task.pid, self._request.freeze_budget_s)
+        clock.part("freeze")
+        self._cut()
+        clock.part("network cut")
+        self.dump.start(self._frozen, task.layout)
+        clock.part("ask threads")
+        task.layout.look(in_freeze=True)
+        scan = task.scan_final()
+        clock.part("scan")
+        self.dump.finish()
+        clock.part("answers")
+        ports.answer(base.SourceFrozen(monotonic_ns=clock.started_ns, tasks=sorted(self._frozen.tracees)))
+        deadline.check()
+        for section in (*task.layout.changed(), *task.layout.opened_for(scan.ranges)):
+            ports.send_section(sections.encode(section))
+        for runs in scan.reads(task.number, final=True):
+            ports.stream.send(runs)
+        for section in (*scan.holes(task.number), *task.layout.finished()):
+            ports.send_section(sections.encode(section))
+        clock.part("hand over pages")
+        state = self.dump.state()
+        ports.send_section(sections.encode(state))
+        clock.part("dump tasks")
+        deadline.check()
+        assert self._files is not None
+        dumped_files = self._files.dump(self._frozen)
+        clock.part("dump files")
+        deadline.check()
+        ports.send_section(sections.encode(sections.FilesStateSection(task=task.number, files=dumped_files)))
+        ports.send_section(sections.encode(sections.CompleteSection()))
+        clock.part("hand over rest")
+        return base.SourceDumped(
+            parts=clock.parts, dirty_bytes=scan.dirty_bytes, pids=[state.threads[0].tid],
+            connections=self._files.connections,
+        )
+
+    def _cut(self) -> None:
+        for prepared in self._cuts:
+            self._is_cut = True
+            prepared.cut()
+
+    def broken(self) -> str:
+        """Why the stop is not the same any more; '': it is."""
+        if self._frozen is None:
+            return "nothing is frozen"
+        return "" if self._frozen.still_frozen() else "a task has left its stop"
+
+    def undo(self) -> None:
+        """Sockets out of repair mode, network back, and only then the tasks: each step whatever the others did."""
+        with contextlib.ExitStack() as steps:
+            steps.callback(self._close)
+            if self._frozen is not None:
+                steps.callback(self._frozen.thaw)
+            if self._is_cut:
+                for prepared in self._cuts:
+                    steps.callback(prepared.uncut)
+            if self._files is not None:
+                steps.callback(self._files.undo)
+
+    def release(self) -> None:
+        """Forget tasks that are dead."""
+        if self._frozen is not None:
+            self._frozen.reap()
+        self._close()
+
+    def _close(self) -> None:
+        for prepared in self._cuts:
+            prepared.close()
+        self._cuts.clear()
+        if hasattr(self, "dump"):
+            self.dump.close()
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """No garbage collection and no other task of this host before ours, for the length of the freeze."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    time.sleep(_SETTLE_S)
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(10))
+    except PermissionError:
+        _log.warning("no right to SCHED_FIFO: the freeze may take longer on a busy host")
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *before)
+        gc.enable()
+        gc.unfreeze()

@@ -1,0 +1,154 @@
+"""Packets caught on the source while the container is cut off, and put into it on the target, or back.
+
+A packet is what an AF_PACKET socket with PACKET_VNET_HDR gives: a virtio header of ten bytes, then the frame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import deque
+from collections.abc import Callable, Mapping
+from ipaddress import ip_address
+
+from agent.network import capture
+from agent.network.frames import ETHERNET_BYTES, VNET_HEADER_BYTES, Connection, is_stale_segment
+from protocol.errors import RemoteProtocolError
+
+# A second of 100 Mbit/s, or of 20,000 small requests: a freeze is a hundredth of that.
+MAX_HELD_BYTES = 16 << 20
+MAX_HELD_PACKETS = 20_000
+
+
+class PacketHold:
+    """Packets kept in order, bounded; what does not fit is dropped and counted."""
+
+    def __init__(self) -> None:
+        self._packets: deque[bytes] = deque()
+        self._bytes = 0
+        self.dropped = 0
+
+    def put(self, packet: bytes) -> None:
+        if self._bytes + len(packet) > MAX_HELD_BYTES or len(self._packets) >= MAX_HELD_PACKETS:
+            self.dropped += 1
+            return
+        self._packets.append(packet)
+        self._bytes += len(packet)
+
+    def take(self) -> deque[bytes]:
+        """All of them, oldest first; nothing is held afterwards."""
+        packets, self._packets, self._bytes = self._packets, deque(), 0
+        return packets
+
+
+class PacketSource:
+    """Source: reads the catcher's sockets. Each packet goes to `send` at once, and a copy is kept for a roll-back."""
+
+    def __init__(self, send: Callable[[bytes], None]) -> None:
+        self._send = send
+        self._sockets: list[socket.socket] = []
+        self._kept = PacketHold()
+        self._back: socket.socket | None = None
+        self.packets = 0
+        self._kernel_dropped = 0
+
+    def add(self, fd: int) -> None:
+        """Capture on a socket that is ours from now."""
+        sock = socket.socket(fileno=fd)
+        sock.setblocking(False)
+        self._sockets.append(sock)
+        asyncio.get_running_loop().add_reader(sock.fileno(), self._readable, sock)
+
+    def replay_into(self, fd: int) -> int:
+        """Put every kept packet back through a socket that is ours from now, and whatever comes later."""
+        if self._back is not None:
+            self._back.close()
+        self._back = socket.socket(fileno=fd)
+        for sock in self._sockets:
+            self._readable(sock)
+        return sum(capture.inject(self._back, packet) for packet in self._kept.take())
+
+    @property
+    def dropped(self) -> int:
+        """By the kernel for want of a buffer, and those of which no copy was kept."""
+        for sock in self._sockets:
+            self._kernel_dropped += capture.statistics(sock)[1]
+        return self._kernel_dropped + self._kept.dropped
+
+    def close(self) -> None:
+        for sock in self._sockets:
+            asyncio.get_running_loop().remove_reader(sock.fileno())
+            sock.close()
+        self._sockets.clear()
+        if self._back is not None:
+            self._back.close()
+
+    def _readable(self, sock: socket.socket) -> None:
+        for packet in capture.drain(sock):
+            if len(packet) < VNET_HEADER_BYTES + ETHERNET_BYTES:
+                continue
+            self.packets += 1
+            # On a replay those that are kept go first, in order; this one is behind them.
+            self._kept.put(packet)
+            if self._back is None:
+                self._send(packet)
+        if self._back is not None:
+            for packet in self._kept.take():
+                capture.inject(self._back, packet)
+
+
+class PacketSink:
+    """Target: holds what comes until the sockets are restored, then puts it into the container in order."""
+
+    def __init__(self) -> None:
+        self._held = PacketHold()
+        self._socket: socket.socket | None = None
+        self._receive_next: Mapping[Connection, int] | None = None
+        self.packets = 0
+        self._lost = 0
+
+    def set_socket(self, fd: int) -> None:
+        """The socket into the container, ours from now."""
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = socket.socket(fileno=fd)
+        self._flush()
+
+    def release(self, receive_next: Mapping[str, int]) -> None:
+        """From now on packets go in; of those that were held, data that the sockets have already is left out."""
+        self._receive_next = {_connection(text): number for text, number in receive_next.items()}
+        self._flush()
+
+    def put(self, packet: bytes) -> None:
+        if len(packet) < VNET_HEADER_BYTES + ETHERNET_BYTES:
+            raise RemoteProtocolError(f"a packet of {len(packet)} bytes has no Ethernet header")
+        self.packets += 1
+        if self._socket is None or self._receive_next is None:
+            self._held.put(packet)
+        else:
+            self._lost += not capture.inject(self._socket, packet)
+
+    @property
+    def dropped(self) -> int:
+        return self._held.dropped + self._lost
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _flush(self) -> None:
+        if self._socket is None or self._receive_next is None:
+            return
+        for packet in self._held.take():
+            if not is_stale_segment(packet, self._receive_next):
+                self._lost += not capture.inject(self._socket, packet)
+
+
+def _connection(text: str) -> Connection:
+    """'LOCAL_IP LOCAL_PORT PEER_IP PEER_PORT' as the frames have it. Raises: RemoteProtocolError."""
+    try:
+        local, local_port, peer, peer_port = text.split(" ")
+        return Connection(ip_address(local).packed, int(local_port), ip_address(peer).packed, int(peer_port))
+    except ValueError as error:
+        raise RemoteProtocolError(f"{text!r} does not name a connection") from error
