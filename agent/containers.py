@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,16 +74,22 @@ def _tree_size(pid: int) -> tuple[int, int]:
     try:
         init = psutil.Process(pid)
         tree = [init, *init.children(recursive=True)]
-        return sum(process.memory_info().rss for process in tree), len(tree)
     except psutil.NoSuchProcess:
         return 0, 0
+    memory = processes = 0
+    for process in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended while it was looked at
+            memory += process.memory_info().rss
+            processes += 1
+    return memory, processes
 
 
 def read_config(bundle: str) -> bytes:
     """config.json of a bundle. Raises: MigrateError."""
     path = Path(bundle, "config.json")
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
     except OSError as error:
         raise MigrateError(f"cannot read {path}: {error.strerror}", code="bundle") from error
     if len(data) > MAX_CONFIG_BYTES:
@@ -93,7 +102,7 @@ def parse_config(data: bytes) -> dict[str, object]:
     """The object in a config.json. Raises: UsageError: it is none."""
     try:
         config = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"config.json is not JSON: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("process"), dict):
         raise UsageError("config.json has no object 'process'")
@@ -136,6 +145,20 @@ def digest_file(fd: int) -> tuple[int, str]:
     return size, hasher.hexdigest()
 
 
+def _open_regular(root_fd: int, path: str) -> int:
+    """Open a file below a root for reading, by a descriptor that has read nothing before it was looked at.
+
+    Raises: KernelError: not there, or not a regular file: opening a device may have effects, a fifo never ends.
+    """
+    found = openat2.open_in_root(root_fd, path, os.O_PATH)
+    try:
+        if not stat.S_ISREG(os.fstat(found).st_mode):
+            raise KernelError(f"open({path})", errno.EINVAL, "it is not a regular file")
+        return os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(found)
+
+
 def identify(root_fd: int, paths: Sequence[str]) -> list[FileIdentity]:
     """Size and digest of files below a container's root, never following a link out of it.
 
@@ -143,7 +166,7 @@ def identify(root_fd: int, paths: Sequence[str]) -> list[FileIdentity]:
     """
     out = []
     for path in sorted(set(paths)):
-        fd = openat2.open_in_root(root_fd, path)
+        fd = _open_regular(root_fd, path)
         try:
             size, digest = digest_file(fd)
         finally:
@@ -215,5 +238,5 @@ def report(found: Found, *, storage: str, tcp: str, network: str, bridge: str) -
         memory_limit=memory_limit(item.pid), processes=checked.processes, threads=checked.threads,
         connections=checked.connections, files=files, network=net.network, refusals=refusals,
         warnings=list(checked.warnings), executable=os.readlink(f"/proc/{item.pid}/exe"),
-        monotonic_offset_ns=timens.monotonic_offset_ns(item.pid) - timens.monotonic_offset_ns(os.getpid()),
+        monotonic_offset_ns=timens.offsets_of(item.pid).monotonic_ns - timens.own_offsets().monotonic_ns,
     )  # fmt: skip

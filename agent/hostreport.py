@@ -9,18 +9,22 @@ import platform
 import re
 import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 
 from agent import arch
 from agent.host import Host
-from agent.kernel import memory, pidfd, procfs, timens, userfaultfd
-from agent.kernel import pagemap as pagemap_scan
-from agent.kernel.freezer import Freezer
-from protocol.errors import MigrateError
+from agent.kernel import freezer, memory, pagemap, pidfd, procfs, ptrace, userfaultfd
+from agent.kernel.namespaces import Namespace, unshare
+from agent.kernel.syscalls import syscall
+from agent.kernel.types import Fd, Tid
+from agent.kernel.unistd import SYS
+from protocol.errors import MigrateError, UnsupportedError
 from protocol.messages import HostReport, RuntimeInfo
 
 AGENT_VERSION = "0.1.0"
@@ -29,27 +33,27 @@ _TCP_REPAIR = 19
 
 
 def _probe_userfaultfd() -> None:
-    fd = userfaultfd.create()
+    fd = Fd(syscall(SYS.userfaultfd, userfaultfd.O_CLOEXEC))
     try:
-        userfaultfd.handshake(fd)
+        userfaultfd.enable(fd)
     finally:
         os.close(fd)
 
 
 def _probe_pagemap_scan() -> None:
-    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    fd = pagemap.open_pagemap(os.getpid())
     try:
         area = next(area for area in procfs.read_maps(os.getpid()) if "w" in area.perms)
-        pagemap_scan.scan(fd, area.start, area.end, required=pagemap_scan.PAGE_IS_PRESENT)
+        pagemap.scan(fd, area.start, area.end, mask=pagemap.Category.PRESENT)
     finally:
         os.close(fd)
 
 
 def _probe_pidfd() -> None:
     read_end, write_end = os.pipe()
-    handle = pidfd.open_pidfd(os.getpid())
+    handle = pidfd.pidfd_open(os.getpid())
     try:
-        os.close(pidfd.get_fd(handle, read_end))
+        os.close(pidfd.pidfd_getfd(handle, read_end))
     finally:
         for fd in (read_end, write_end, handle):
             os.close(fd)
@@ -61,11 +65,14 @@ def _probe_tcp_repair() -> None:
 
 
 def _probe_freezer() -> None:
-    Freezer.of(os.getpid())
+    if not freezer.versions():
+        raise UnsupportedError("neither the v1 freezer controller nor cgroup2 is mounted")
 
 
 def _probe_time_namespace() -> None:
-    timens.probe()
+    # It would hold for all later children of the thread: so in one that ends at once.
+    with ThreadPoolExecutor(1) as throwaway:
+        throwaway.submit(unshare, Namespace.TIME).result()
 
 
 def _probe_packet_socket() -> None:
@@ -74,12 +81,12 @@ def _probe_packet_socket() -> None:
 
 def _probe_ns_last_pid() -> None:
     if not os.access("/proc/sys/kernel/ns_last_pid", os.W_OK):
-        raise OSError(0, "/proc/sys/kernel/ns_last_pid is not writable: the kernel lacks CONFIG_CHECKPOINT_RESTORE")
+        raise UnsupportedError("/proc/sys/kernel/ns_last_pid cannot be written")
 
 
 def _probe_root() -> None:
     if os.geteuid() != 0:
-        raise OSError(0, "the agent does not run as root")
+        raise UnsupportedError("the agent does not run as root")
 
 
 # feature: (probe, what to do when it fails)
@@ -119,6 +126,19 @@ def vdso_digest() -> str:
     return ""
 
 
+def xstate_bytes() -> int:
+    """Size of a thread's extended registers, as ptrace hands them out; two hosts must agree on it."""
+    with subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL) as child:
+        try:
+            tid = Tid(child.pid)
+            ptrace.seize(tid, ptrace.Option.EXITKILL)
+            ptrace.interrupt(tid)
+            ptrace.wait(tid)
+            return len(ptrace.get_regset(tid, arch.current().extended_note))
+        finally:
+            child.kill()
+
+
 def _cpu() -> tuple[str, list[str]]:
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     model = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
@@ -152,7 +172,7 @@ def collect(host: Host) -> HostReport:
     return HostReport(
         host=host.name, architecture=arch.current().name, kernel=platform.release(), agent_version=AGENT_VERSION,
         features=features, feature_notes=notes, cpu_model=model, cpu_flags=flags,
-        xstate_bytes=arch.current().xstate_bytes(), vdso_digest=vdso_digest(),
+        xstate_bytes=xstate_bytes(), vdso_digest=vdso_digest(),
         page_bytes=os.sysconf("SC_PAGE_SIZE"), memory_available=psutil.virtual_memory().available,
         cpus=psutil.cpu_count() or 1, runtimes=runtimes, containers=sorted(names), bridge=bridge,
         wall_clock=time.time(), state_dir_free=free,

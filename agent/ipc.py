@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from protocol import codec
-from protocol.errors import PeerError
+from protocol.errors import PeerError, RemoteProtocolError
 from protocol.framing import Frame, FrameDecoder, FrameKind, encode_frame
 
 # The kernel's SCM_MAX_FD is 253; a frame carries at most this many.
@@ -75,7 +75,10 @@ class _Receiver:
                 self._fds.extend(fds)
         if not data:
             raise PortClosedError(f"the {self.name} process is gone")
-        self._frames.extend(self._decoder.feed(data))
+        try:
+            self._frames.extend(self._decoder.feed(data))
+        except RemoteProtocolError as error:
+            raise PortClosedError(f"the {self.name} process sent what is no frame: {error}") from error
         return True
 
     def take_fds(self, count: int) -> list[int]:

@@ -133,7 +133,7 @@ class Journal:
                 self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, ValueError) as error:  # ValueError: see _reading
             raise MigrateError(f"the journal cannot be written: {error}", code="journal") from error
 
     def begin(

@@ -57,11 +57,11 @@ def kill_source_copy(facts: Mapping[str, Any]) -> None:
         freezer = Freezer.at(facts["freezer"])
         for pid in freezer.processes():
             try:
-                handle = pidfd.open_pidfd(pid)
+                handle = pidfd.pidfd_open(pid)
             except TaskGoneError:
                 continue
             try:
-                pidfd.send_signal(handle, signal.SIGKILL)
+                pidfd.pidfd_send_signal(handle, signal.SIGKILL)
             finally:
                 os.close(handle)
         freezer.thaw()

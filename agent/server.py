@@ -13,7 +13,8 @@ import asyncssh
 
 from agent import reclaim
 from agent.host import Host
-from agent.service import SUBSYSTEM, Service, Session
+from agent.service import ROLES, SUBSYSTEM, Service, Session
+from agent.settings import Settings
 from protocol.errors import UsageError
 
 _log = logging.getLogger(__name__)
@@ -29,11 +30,7 @@ async def serve(host: Host) -> None:
     await _settle(host)
     settings = host.settings
     address, port = settings.listen_address
-    for path in (settings.host_key, settings.authorized_keys):
-        if not Path(path).is_file():
-            raise UsageError(
-                f"{path} is not there", hint="ssh-keygen -t ed25519 -N '' -f KEY makes a host key; authorized_keys as for sshd"
-            )
+    _check_keys(settings)
 
     async def handle(process: asyncssh.SSHServerProcess[bytes]) -> None:
         await _serve_process(service, process)
@@ -52,6 +49,15 @@ async def serve(host: Host) -> None:
         await listener.wait_closed()
 
 
+def _check_keys(settings: Settings) -> None:
+    for key, path, hint in (
+        ("host_key", settings.host_key, f"make one: ssh-keygen -t ed25519 -N '' -f {settings.host_key}"),
+        ("authorized_keys", settings.authorized_keys, "a file as for sshd: the public keys of those who may move containers"),
+    ):
+        if not Path(path).is_file():
+            raise UsageError(f"{key} = {path!r} is not there", hint=hint)
+
+
 async def _settle(host: Host) -> None:
     for line in await reclaim.settle_at_start(host):
         _log.warning("%s", line)
@@ -63,10 +69,14 @@ async def _serve_process(service: Service, process: asyncssh.SSHServerProcess[by
         process.exit(1)
         return
     connection = process.get_extra_info("connection")
-    role = connection.get_key_option("migrate-role", "operate")
+    role = str(connection.get_key_option("migrate-role", "operate"))
+    if role not in ROLES:
+        process.stderr.write(f"migrate-role={role!r} of this key is none of {', '.join(ROLES)}\n".encode())
+        process.exit(1)
+        return
     peer = process.get_extra_info("peername")
     session = Session(
-        service, write=process.stdout.write, role=str(role), peer=f"{connection.get_extra_info('username')}@{peer[0]}",
+        service, write=process.stdout.write, role=role, peer=f"{connection.get_extra_info('username')}@{peer[0]}",
         peer_address=str(peer[0]),
     )  # fmt: skip
     try:

@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 
 SUBSYSTEM = "migrate-agent"
 SOFTWARE = "migrate-agent 0.1"
+ROLES = ("operate", "observe")
 # People watch progress; a machine asks for the result.
 _PROGRESS_INTERVAL_S = 0.2
 _OBSERVER_MAY: tuple[type[m.Message], ...] = (
@@ -128,13 +129,12 @@ class Session:
         try:
             if self._role == "observe" and not isinstance(request.body, _OBSERVER_MAY):
                 raise PeerError(
-                    f"this key may only look (migrate-role=\"observe\"), not {type(request.body).__name__}", code="role"
+                    f'this key may only look (migrate-role="observe"), not {type(request.body).__name__}', code="role"
                 )
             body = await self._dispatch(request.body)
         except MigrateError as error:
             body = failure_of(error, self._host.name)
-        except Exception as error:
-            # A bug of ours must reach the person who waits for the answer, not only our log.
+        except Exception as error:  # noqa: BLE001  (told to the coordinator, and to the log with its traceback)
             _log.exception("%s failed", type(request.body).__name__)
             body = m.Failure(
                 family="internal", code="internal", host=self._host.name,
@@ -240,8 +240,8 @@ class Session:
 
     async def _run_round(self, body: m.RunRound) -> m.RoundDone:
         migration = self._service.source(body.migration)
-        running = asyncio.ensure_future(migration.run_round(body.round))
         before = await migration.counters()
+        running = asyncio.ensure_future(migration.run_round(body.round))
         while not (await asyncio.wait({running}, timeout=_PROGRESS_INTERVAL_S))[0]:
             with contextlib.suppress(MigrateError):  # the round itself reports what went wrong
                 now = await migration.counters()

@@ -27,6 +27,8 @@ _log = logging.getLogger(__name__)
 
 # The engine thaws within milliseconds; one that does not answer in this time is killed, which thaws as well.
 _THAW_TIMEOUT_S = 2.0
+# Tasks that stand in a ptrace stop freeze within a millisecond.
+_FREEZE_TIMEOUT_S = 1.0
 # What the target does after COMMIT takes milliseconds; past this the outcome is asked for, not guessed.
 _RUNNING_TIMEOUT_S = 10.0
 # Packets for the container may reach the old place until the network has learned the new one.
@@ -176,6 +178,7 @@ class SourceMigration:
             heard = time.monotonic_ns()
             # The ptrace stop dies with the engine, this one does not; it decides ownership.
             self._freezer.freeze()
+            self._freezer.wait_frozen(_FREEZE_TIMEOUT_S)
             stop = await live.engine.ask(base.SourceVerifyStop(), base.SourceStopVerified)
             if not stop.unbroken:
                 raise MigrateError(f"the container ran again while it was dumped: {stop.detail}", code="stop-broken")

@@ -13,7 +13,7 @@ import msgspec
 from agent import ipc
 from agent.engine import base
 from protocol import codec
-from protocol.errors import MigrateError, error_from_wire
+from protocol.errors import MigrateError, RemoteProtocolError, error_from_wire
 from protocol.framing import Frame, FrameKind
 from protocol.messages import Failure, LinkAbort, LinkFailed, LinkMessage, Message
 from protocol.states import Side
@@ -83,7 +83,13 @@ class Worker:
         if frame.kind is FrameKind.AGENT and self.on_link_frame is not None:
             self.on_link_frame(frame.payload)
             return
-        record = self.port.parse(frame)
+        try:
+            record = self.port.parse(frame)
+        except RemoteProtocolError as error:
+            failure = MigrateError(f"the {self.name} process is not understood: {error}", code="process")
+            self.inbox.fail(failure, lasting=True)
+            self._tell(failure)
+            return
         match record:
             case base.EngineFailed():
                 self.inbox.fail(raise_failure(record.failure), lasting=False)
@@ -110,8 +116,12 @@ class Worker:
         return await self.inbox.get(*answers)
 
     async def close(self) -> None:
-        """End the process: closing the port tells it to; it is killed if it does not listen."""
+        """End the process: closing the port tells it to; it is killed if it does not listen.
+
+        Whoever still waits for it is told.
+        """
         self.port.close()
+        self.inbox.fail(MigrateError(f"the {self.name} process was ended", code="ended"), lasting=True)
         try:
             await asyncio.wait_for(self.process.wait(), _EXIT_TIMEOUT_S)
         except TimeoutError:
@@ -144,7 +154,13 @@ class Workers:
             is_source = side is Side.SOURCE
             heard = base.FromSourceEngine if is_source else base.FromTargetEngine
             engine = await _spawn("engine", "agent.engine.native.main", side, ("--stream-fd", engine_end), heard)
-            stream = await _spawn("stream", "agent.transfer.main", side, ("--engine-fd", stream_end), base.FromStream)
+            try:
+                stream = await _spawn(
+                    "stream", "agent.transfer.main", side, ("--engine-fd", stream_end), base.FromStream
+                )
+            except MigrateError:
+                await engine.close()
+                raise
         finally:
             engine_end.close()
             stream_end.close()
@@ -175,6 +191,7 @@ class Workers:
     async def close(self) -> None:
         """End both."""
         self.engine.on_lost = self.stream.on_lost = None
+        self.link.fail(MigrateError("the data link was closed", code="ended"), lasting=True)
         await asyncio.gather(self.engine.close(), self.stream.close())
 
 

@@ -179,7 +179,7 @@ class _Run:
         self._tell(
             Transfer(
                 phase=progress.phase,
-                round=progress.round,
+                round=progress.round + 1 if progress.phase == "precopy" else 0,
                 done_bytes=progress.done_bytes,
                 total_bytes=progress.total_bytes,
                 wire_bytes=progress.wire_bytes,

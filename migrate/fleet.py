@@ -87,7 +87,7 @@ async def locate(fleet: Fleet, container: str) -> str:
         name: summary for name, answer in lists.items() for summary in answer.containers if summary.name == container
     }
     running = [name for name, summary in found.items() if summary.status in {"running", "paused"}]
-    owners = running or list(found)
+    owners = sorted(running or found)
     if len(owners) > 1:
         raise UsageError(
             f"{' and '.join(owners)} both have a container {container}",

@@ -6,6 +6,7 @@ import asyncio
 
 import asyncssh
 
+from migrate.session import reason_of
 from protocol.errors import PeerError
 
 FETCH_S = 10.0
@@ -23,7 +24,7 @@ async def fetch(name: str, address: str, port: int) -> tuple[str, str]:
     except (asyncssh.KeyExchangeFailed, asyncssh.ProtocolNotSupported):
         key = await _any_key(name, address, port)
     except (asyncssh.Error, OSError) as error:
-        raise PeerError(f"cannot reach {address}:{port}: {error or 'no answer in time'}", host=name) from error
+        raise PeerError(f"cannot reach {address}:{port}: {reason_of(error)}", host=name) from error
     if key is None:
         raise PeerError(f"{address}:{port} shows no host key", code="host-key", host=name)
     return key.export_public_key("openssh").decode().strip(), key.get_fingerprint()
@@ -33,4 +34,4 @@ async def _any_key(name: str, address: str, port: int) -> asyncssh.SSHKey | None
     try:
         return await asyncio.wait_for(asyncssh.get_server_host_key(address, port, config=None), FETCH_S)
     except (asyncssh.Error, OSError) as error:
-        raise PeerError(f"cannot reach {address}:{port}: {error or 'no answer in time'}", host=name) from error
+        raise PeerError(f"cannot reach {address}:{port}: {reason_of(error)}", host=name) from error

@@ -18,16 +18,20 @@ MIN_STATE_DIR_BYTES = 1 * MIB  # A journal that cannot be written cannot commit.
 
 # Features of HostReport.features without which nothing moves; (name, what it is for).
 _BOTH_SIDES = (
+    ("root", "to trace processes and build containers"),
     ("pidfd_getfd", "to take sockets out of a process"),
     ("freezer", "to hold the container still while ownership changes"),
-    ("ptrace_rseq", "to carry restartable sequences"),
 )
 _SOURCE_TRACKING = (
     ("pagemap_scan", "to find the pages that changed"),
     ("wp_async", "to track changes while the container runs"),
 )
 _CONNECTIONS = (("tcp_repair", "to carry TCP connections"),)
-_TARGET_ONLY = (("time_namespace", "to let the container's monotonic clock go on"),)
+_NETWORK = (("packet_socket", "to catch what is sent to the container while it moves"),)
+_TARGET_ONLY = (
+    ("time_namespace", "to let the container's monotonic clock go on"),
+    ("ns_last_pid", "to give processes their pids back"),
+)
 
 # In /proc/cpuinfo, but nothing that a program's instructions could miss.
 _CPU_FLAGS_OF_THE_HOST = frozenset(
@@ -121,10 +125,13 @@ def _machines(source: HostReport, target: HostReport) -> Iterator[Refusal]:
 def _kernels(
     source: HostReport, target: HostReport, container: ContainerReport, request: MigrationRequest
 ) -> Iterator[Refusal]:
-    connections = _CONNECTIONS if container.connections and request.tcp == "keep" else ()
-    tracking = _SOURCE_TRACKING if request.is_live else ()
-    for host, needed in ((source, _BOTH_SIDES + tracking), (target, _BOTH_SIDES + _TARGET_ONLY)):
-        for name, purpose in needed + connections:
+    either: tuple[tuple[str, str], ...] = _BOTH_SIDES
+    if container.connections and request.tcp == "keep":
+        either += _CONNECTIONS
+    if container.network.interfaces and request.network == "keep":
+        either += _NETWORK
+    for host, needed in ((source, either + _source_features(request)), (target, either + _TARGET_ONLY)):
+        for name, purpose in needed:
             if host.features.get(name, True):
                 continue
             note = host.feature_notes.get(name, "")
@@ -214,10 +221,14 @@ def _warnings(
         yield f"agents differ: {source.host} has {source.agent_version}, {target.host} {target.agent_version}"
     if request.network == "none" and container.connections:
         yield f"--network none: {container.connections} TCP connections will be cut off"
-    needed = {name for name, _ in _BOTH_SIDES + (_SOURCE_TRACKING if request.is_live else ())}
+    needed = {name for name, _ in _BOTH_SIDES + _source_features(request)}
     unknown = sorted(needed - source.features.keys())
     if unknown:
         yield f"{source.host} does not say whether it has {', '.join(unknown)}"
+
+
+def _source_features(request: MigrationRequest) -> tuple[tuple[str, str], ...]:
+    return _SOURCE_TRACKING if request.is_live else ()
 
 
 def _at(host: HostReport, code: str, message: str, hint: str = "") -> Refusal:

@@ -6,6 +6,7 @@ Everything here runs in the bridge's thread. A request is one coroutine; its ans
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 
@@ -75,7 +76,7 @@ class AgentSession(asyncssh.SSHClientSession[bytes]):
             ) from error
         except (asyncssh.Error, OSError) as error:
             raise PeerError(
-                f"cannot reach {host.address}:{host.ssh_port}: {_reason(error)}",
+                f"cannot reach {host.address}:{host.ssh_port}: {reason_of(error)}",
                 host=host.name,
                 hint="is the host up and sshd running?" if host.agentless else "is the agent running?",
             ) from error
@@ -145,7 +146,7 @@ class AgentSession(asyncssh.SSHClientSession[bytes]):
     def connection_lost(self, exc: Exception | None) -> None:
         """The channel is gone."""
         said = self._stderr.decode(errors="replace").strip()
-        reason = f": {_reason(exc)}" if exc else ""
+        reason = f": {reason_of(exc)}" if exc else ""
         self._lose(
             LinkLostError(
                 f"the connection to the agent ended{reason}" + (f"; it said: {said}" if said else ""),
@@ -181,7 +182,7 @@ class AgentSession(asyncssh.SSHClientSession[bytes]):
                 await ssh.create_session(lambda: self, subsystem=SUBSYSTEM, encoding=None)
         except (asyncssh.Error, OSError) as error:
             raise PeerError(
-                f"{self._host.address}:{self._host.ssh_port} starts no agent: {_reason(error)}",
+                f"{self._host.address}:{self._host.ssh_port} starts no agent: {reason_of(error)}",
                 code="no-agent",
                 host=self._host.name,
                 hint="is migrate-agent installed there?"
@@ -253,7 +254,7 @@ def _read_key(host: Host) -> asyncssh.SSHKey:
         return asyncssh.read_private_key(host.identity)
     except (asyncssh.KeyImportError, asyncssh.KeyEncryptionError, OSError) as error:
         raise UsageError(
-            f"identity {host.identity} of host {host.name}: {_reason(error)}",
+            f"identity {host.identity} of host {host.name}: {reason_of(error)}",
             code="identity",
             hint="for a key with a passphrase leave identity out and load it into ssh-agent",
         ) from error
@@ -266,7 +267,7 @@ def _known_hosts(host: Host) -> object:
             return asyncssh.read_known_hosts(str(host.known_hosts))
         except (OSError, ValueError) as error:
             raise UsageError(
-                f"known_hosts {host.known_hosts} of host {host.name}: {_reason(error)}", code="known-hosts"
+                f"known_hosts {host.known_hosts} of host {host.name}: {reason_of(error)}", code="known-hosts"
             ) from error
     try:
         key = asyncssh.import_public_key(host.host_key)
@@ -288,11 +289,12 @@ def _host_key_error(host: Host, presented: asyncssh.SSHKey | None, error: asyncs
     )
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """What went wrong with a connection, in words."""
     if isinstance(error, TimeoutError):
         return "no answer in time"
     if isinstance(error, asyncssh.Error):
         return error.reason or type(error).__name__
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)  # asyncio's own text says only what was called
     return str(error) or type(error).__name__

@@ -21,9 +21,10 @@ def test_every_target_is_described_in_the_help():
 
 
 def test_setup_takes_no_time_when_nothing_is_missing():
+    subprocess.run(["make", "setup"], cwd=PROJECT, capture_output=True, check=True)
     began = time.monotonic()
     subprocess.run(["make", "setup"], cwd=PROJECT, capture_output=True, check=True)
-    assert time.monotonic() - began < 1 or not (PROJECT / ".venv/.ready").exists()
+    assert time.monotonic() - began < 1
 
 
 def test_the_continuous_integration_runs_make_test():
@@ -44,7 +45,7 @@ def test_the_layers_are_checked():
 
 
 def test_only_the_architecture_layer_may_ask_for_the_machine(tmp_path: Path):
-    ruff = [PROJECT / ".venv/bin/ruff", "check", "--select=TID251", "--no-cache", "-", "--stdin-filename"]
+    ruff = [str(PROJECT / ".venv/bin/ruff"), "check", "--select=TID251", "--no-cache", "-", "--stdin-filename"]
     source = "import platform\n\nplatform.machine()\n"
     for file, status in [("agent/engine/x.py", 1), ("migrate/x.py", 1), ("agent/arch/x.py", 0)]:
         done = subprocess.run([*ruff, file], cwd=PROJECT, input=source, capture_output=True, text=True, check=False)

@@ -21,7 +21,7 @@ class Registers(ctypes.Structure):
     sp: int
     pc: int
     pstate: int
-    _fields_ = [  # noqa: RUF012 - the form that ctypes reads
+    _fields_ = [
         ("regs", ctypes.c_uint64 * _GENERAL_REGISTERS),
         ("sp", ctypes.c_uint64),
         ("pc", ctypes.c_uint64),

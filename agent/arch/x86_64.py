@@ -69,7 +69,7 @@ class Registers(ctypes.Structure):
     es: int
     fs: int
     gs: int
-    _fields_ = [(name, ctypes.c_uint64) for name in _NAMES.split()]  # noqa: RUF012 - the form that ctypes reads
+    _fields_ = [(name, ctypes.c_uint64) for name in _NAMES.split()]
 
     def copy(self) -> Registers:
         return Registers.from_buffer_copy(self)
@@ -101,7 +101,7 @@ class Registers(ctypes.Structure):
 #       jz   stop              74 09
 # done: add  $64,%r15          49 83 c7 40
 #       dec  %r14              49 ff ce
-#       jnz  next              75 c8
+#       jnz  next              75 c9
 # stop: int3                   cc
 BATCH_SOURCE: Final = """
 1: mov (%r15),%rax
@@ -124,7 +124,7 @@ BATCH_SOURCE: Final = """
 """
 BATCH_CODE: Final = bytes.fromhex(
     "498b07 498b7f08 498b7710 498b5718 4d8b5720 4d8b4728 4d8b4f30 0f05 49894738 483d01f0ffff 7205 4d85ed 7409"
-    "4983c740 49ffce 75c8 cc"
+    "4983c740 49ffce 75c9 cc"
 )
 
 

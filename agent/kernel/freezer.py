@@ -11,13 +11,14 @@ import errno
 import os
 import select
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from agent.kernel.procfs import read_proc
 from agent.kernel.syscalls import os_failure
-from agent.kernel.types import Tid
-from protocol.errors import KernelError, UnsupportedError
+from agent.kernel.types import Pid, Tid
+from protocol.errors import KernelError, TaskGoneError, UnsupportedError
 
 _POLL_S = 0.0002  # version 1 has no event for FROZEN
 
@@ -66,6 +67,20 @@ class Freezer:
             hint="let the runtime make a cgroup for the container, and mount the freezer controller or cgroup2",
         )
 
+    @classmethod
+    def at(cls, paths: Sequence[str]) -> Freezer:
+        """The group that `paths` named before. Raises: TaskGoneError: it is gone, and so are its tasks."""
+        (path,) = map(Path, paths)
+        for version in (Version.V1, Version.V2):
+            if (path / _CONTROL[version]).exists():
+                return cls(path, version)
+        raise TaskGoneError(f"the control group {path} is gone")
+
+    @property
+    def paths(self) -> list[str]:
+        """For `at`, in another process and after a restart."""
+        return [str(self.path)]
+
     def freeze(self) -> None:
         """Ask for it; `wait_frozen` waits. Raises: KernelError."""
         self._write("FROZEN" if self.version is Version.V1 else "1")
@@ -100,6 +115,13 @@ class Freezer:
             found |= set(map(int, self._read_file(Path(directory) / name).split()))
         return [Tid(number) for number in sorted(found)]
 
+    def processes(self) -> list[Pid]:
+        """Every process in the group and in the groups below it. Raises: KernelError."""
+        found: set[int] = set()
+        for directory, _, _ in os.walk(self.path):
+            found |= set(map(int, self._read_file(Path(directory) / "cgroup.procs").split()))
+        return [Pid(number) for number in sorted(found)]
+
     def _wait_event(self, deadline: float) -> None:
         path = self.path / "cgroup.events"
         try:
@@ -133,6 +155,11 @@ class Freezer:
             return path.read_text(encoding="ascii")
         except OSError as error:
             raise os_failure(f"read({path})", error) from error
+
+
+def versions() -> list[Version]:
+    """The freezers that this host has mounted, best first."""
+    return sorted({mount.version for mount in _mounts()})
 
 
 _CONTROL = {Version.V1: "freezer.state", Version.V2: "cgroup.freeze"}

@@ -342,7 +342,7 @@ def read_fdinfo(pid: int, number: int) -> FdInfo:
 
 def _numbers_in(path: str) -> list[int]:
     try:
-        return sorted(int(name) for name in os.listdir(path) if name.isdigit())  # noqa: PTH208 - names only, and fast
+        return sorted(int(name) for name in os.listdir(path) if name.isdigit())
     except OSError as error:
         raise _gone_or(f"listdir({path})", error) from error
 

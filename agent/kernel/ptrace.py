@@ -215,7 +215,7 @@ def get_siginfo(tid: Tid) -> bytes:
     return buffer.raw
 
 
-def peek_siginfo(tid: Tid, shared: bool) -> list[bytes]:  # noqa: FBT001 - the two queues of a thread
+def peek_siginfo(tid: Tid, shared: bool) -> list[bytes]:
     """The pending signals of the thread (or, shared, of its process), oldest first: siginfo_t of 128 bytes each.
 
     Source: PTRACE_PEEKSIGINFO (Linux 3.10).
@@ -246,7 +246,7 @@ def get_rseq_configuration(tid: Tid) -> RseqConfiguration:
     return RseqConfiguration(*struct.unpack("=QIII", buffer.raw[:20]))
 
 
-def wait(tid: Tid, nohang: bool = False) -> WaitStatus:  # noqa: FBT001, FBT002 - reads as waitpid's flag
+def wait(tid: Tid, nohang: bool = False) -> WaitStatus:
     """Wait for the next report of `tid`; with `nohang` RUNNING when there is none.
 
     Raises: TaskGoneError: not a tracee or child of this thread (any more).   Source: waitpid(2).

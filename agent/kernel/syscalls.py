@@ -22,7 +22,7 @@ class IoVector(ctypes.Structure):
 
     base: int
     size: int
-    _fields_ = [("base", ctypes.c_ulong), ("size", ctypes.c_ulong)]  # noqa: RUF012 - the form that ctypes reads
+    _fields_ = [("base", ctypes.c_ulong), ("size", ctypes.c_ulong)]
 
 
 def failure(call: str, number: int, text: str = "") -> MigrateError:

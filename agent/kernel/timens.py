@@ -5,6 +5,7 @@ Only the monotonic clock is ever moved: runtimes compare start times of /proc, w
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.kernel.namespaces import Namespace, unshare
-from agent.kernel.syscalls import os_failure
+from agent.kernel.syscalls import failure, os_failure
 
 NS_PER_S = 1_000_000_000
 _OWN = "/proc/self/timens_offsets"
@@ -36,10 +37,24 @@ def parse_offsets(text: str) -> ClockOffsets:
 
 def own_offsets() -> ClockOffsets:
     """Of the namespace that this process's children are made in. Raises: KernelError: no CONFIG_TIME_NS."""
+    return _read_offsets(_OWN)
+
+
+def offsets_of(pid: int) -> ClockOffsets:
+    """Of the namespace that children of `pid` are made in: its own, if it made no other.
+
+    Raises: TaskGoneError. KernelError: no CONFIG_TIME_NS.
+    """
+    return _read_offsets(f"/proc/{pid}/timens_offsets")
+
+
+def _read_offsets(path: str) -> ClockOffsets:
     try:
-        return parse_offsets(Path(_OWN).read_text(encoding="ascii"))
+        return parse_offsets(Path(path).read_text(encoding="ascii"))
     except OSError as error:
-        raise os_failure(f"read({_OWN})", error) from error
+        if isinstance(error, FileNotFoundError) and not Path(path).parent.exists():
+            raise failure(f"read({path})", errno.ESRCH) from error
+        raise os_failure(f"read({path})", error) from error
 
 
 def enter_shifted_monotonic(offset_ns: int) -> None:

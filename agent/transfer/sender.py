@@ -7,7 +7,7 @@ import contextlib
 import socket
 import time
 from collections import deque
-from typing import Any, assert_never
+from typing import Any
 
 import msgspec
 
@@ -48,6 +48,7 @@ class SourceStream(Stream):
         self._queue: deque[tuple[Frame, Any]] = deque()
         self._queued_bytes = 0
         self._work_arrived = asyncio.Event()
+        self._is_working = False
         # Set as soon as a read of the freeze is seen, however far back in the queue: from then nothing is throttled.
         self._unthrottled = asyncio.Event()
         self._readers: dict[int, TaskReader] = {}
@@ -140,6 +141,10 @@ class SourceStream(Stream):
                 return
             case base.ReadRuns(final=True):
                 self._unthrottled.set()
+        if not self._is_working and not isinstance(record, base.ReadRuns):
+            # Nothing is before it: in the freeze a turn of the event loop counts.
+            self._handle(frame, record)
+            return
         self._queue.append((frame, record))
         self._queued_bytes += len(frame.payload)
         if self._queued_bytes > _MAX_QUEUED_BYTES:
@@ -149,34 +154,36 @@ class SourceStream(Stream):
     async def _work_off(self) -> None:
         while True:
             await self._work_arrived.wait()
+            self._is_working = True
             while self._queue:
                 frame, record = self._queue.popleft()
                 self._queued_bytes -= len(frame.payload)
                 if self.failure is None:
-                    await self._handle(frame, record)
+                    if isinstance(record, base.ReadRuns):
+                        await self._send_runs(record)
+                    else:
+                        self._handle(frame, record)
+                        await self._live_link().drain()
                 if self._queued_bytes <= _MAX_QUEUED_BYTES:
                     self._engine.resume()
+            self._is_working = False
             self._work_arrived.clear()
 
-    async def _handle(self, frame: Frame, record: Any) -> None:
+    def _handle(self, frame: Frame, record: Any) -> None:
+        """Whatever is done at once."""
         if frame.kind is FrameKind.SECTION:
             self._send_counted(FrameKind.SECTION, frame.payload)
-            await self._live_link().drain()
             return
-        self._note_start()
         match record:
             case base.OpenTask():
                 self._open(record)
-            case base.ReadRuns():
-                await self._send_runs(record)
             case base.Flush():
                 totals, self._totals = self._totals, _Totals()
+                totals.start_s = totals.start_s or time.monotonic()
                 self._flushing.append((record.number, totals))
-                self._send_counted(FrameKind.ROUND_END, record.number.to_bytes(_NUMBER_BYTES, "big"))
-            case None | base.CapturePackets() | base.SectionApplied() | base.ReleasePackets():
-                raise LocalProtocolError(f"{frame.kind.name} {type(record).__name__} is not for the source's stream")
+                self._live_link().send(FrameKind.ROUND_END, record.number.to_bytes(_NUMBER_BYTES, "big"))
             case _:
-                assert_never(record)
+                raise LocalProtocolError(f"{frame.kind.name} {type(record).__name__} is not for the source's stream")
 
     def _open(self, record: base.OpenTask) -> None:
         reader = TaskReader(record.pid, record.start_time)
@@ -189,6 +196,7 @@ class SourceStream(Stream):
         reader = self._readers.get(request.task)
         if reader is None:
             raise LocalProtocolError(f"task {request.task} was not opened")
+        self._note_start()
         for wanted in cut_runs(request.starts, request.sizes, BATCH_BYTES):
             sent_bytes = self._send_batch(reader, request, wanted)
             start_s = time.monotonic()

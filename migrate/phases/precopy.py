@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import trio
 
 from migrate.convergence import Budget, Decision, dirty_rate, fixed_cost_ms, judge
@@ -20,8 +21,10 @@ async def enter(session: Session, prepared: Prepared, deadline: float) -> list[m
     request = session.request
     rounds: list[m.RoundReport] = []
     while True:
-        done = await session.source.request(m.RunRound(migration=session.migration, round=len(rounds) + 1), m.RoundDone)
-        rounds.append(done.report)
+        # Rounds count from 0 on the wire and from 1 for people.
+        done = await session.source.request(m.RunRound(migration=session.migration, round=len(rounds)), m.RoundDone)
+        report = msgspec.structs.replace(done.report, round=len(rounds) + 1)
+        rounds.append(report)
         budget = Budget(
             max_downtime_ms=request.max_downtime_s * 1000.0,
             max_rounds=request.max_rounds,
@@ -29,7 +32,7 @@ async def enter(session: Session, prepared: Prepared, deadline: float) -> list[m
             fixed_ms=fixed_cost_ms(prepared.container),
         )
         verdict = judge(rounds, budget)
-        session.tell(RoundEnded(report=done.report, verdict=verdict, dirty_rate=dirty_rate(done.report)))
+        session.tell(RoundEnded(report=report, verdict=verdict, dirty_rate=dirty_rate(report)))
         match verdict.decision:
             case Decision.CUT_OVER:
                 return rounds

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.lab.host import RUNC, Host, LabError
+from tests.lab.host import RUNC, Host, LabError, wait_listening
 from tests.lab.namespaces import pids_by_namespace
 from tests.lab.rootfs import container_rootfs
 
@@ -94,6 +94,10 @@ class Container:
         own = pids_by_namespace(self.pid)
         processes = self.host.run([*RUNC, "ps", "--format", "json", self.name]).stdout
         return sorted(pids_by_namespace(self.host.pid_here(p))[len(own) - 1] for p in json.loads(processes))
+
+    def wait_listening(self, port: int, *, timeout_s: float = 10.0) -> None:
+        """Wait until a program in the container listens on `port`. Raises: LabError."""
+        wait_listening(f"{self.host.name}: {self.name}", self.pid, port, timeout_s=timeout_s)
 
 
 class ContainerHost(Host):

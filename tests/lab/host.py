@@ -147,20 +147,8 @@ class Host:
     def wait_listening(
         self, port: int, *, timeout_s: float = 10.0, process: subprocess.Popen[Any] | None = None
     ) -> None:
-        """Wait until a TCP socket of the host listens on `port`. Source: proc(5), /proc/net/tcp: state 0A."""
-        deadline = time.monotonic() + timeout_s
-        suffix = f":{port:04X}"
-        while True:
-            for table in ["tcp", "tcp6"]:
-                for line in Path(f"/proc/{self._running_pid()}/net/{table}").read_text().splitlines()[1:]:
-                    fields = line.split()
-                    if fields[1].endswith(suffix) and fields[3] == "0A":
-                        return
-            if process is not None and process.poll() is not None:
-                raise LabError(f"{self.name}: the program that should listen on {port} ended: {process.returncode}")
-            if time.monotonic() > deadline:
-                raise LabError(f"{self.name}: nobody listens on port {port} after {timeout_s} s")
-            time.sleep(0.005)
+        """Wait until a TCP socket of the host listens on `port`. Raises: LabError: too late, or `process` ended."""
+        wait_listening(f"{self.name}", self._running_pid(), port, timeout_s=timeout_s, process=process)
 
     # The agent
 
@@ -245,6 +233,27 @@ class Host:
             )
         self.wait_listening(22, process=process)
         return process
+
+
+def wait_listening(
+    who: str, pid: int, port: int, *, timeout_s: float, process: subprocess.Popen[Any] | None = None
+) -> None:
+    """Wait until somebody in the network namespace of `pid` listens on `port`.
+
+    Nothing is connected for it. Source: proc(5), /proc/PID/net/tcp: state 0A.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        for table in ["tcp", "tcp6"]:
+            for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[1].endswith(f":{port:04X}") and fields[3] == "0A":
+                    return
+        if process is not None and process.poll() is not None:
+            raise LabError(f"{who}: the program that should listen on {port} ended: {process.returncode}")
+        if time.monotonic() > deadline:
+            raise LabError(f"{who}: nobody listens on port {port} after {timeout_s} s")
+        time.sleep(0.005)
 
 
 def make_key(path: Path, comment: str) -> str:

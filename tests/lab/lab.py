@@ -156,6 +156,10 @@ class Lab:
         if host.pid:
             raise LabError(f"{host.name} runs already")
         host.cgroups.make()
+        if host.bridge is None:
+            host.cgroups.prefer()  # a client would be a machine of its own: what it measures is not its own waiting
+        else:
+            host.cgroups.grant_real_time()
         unshare = ["unshare", "--net", "--mount", "--uts", "--ipc", "--cgroup", "--pid", "--time"]
         unshare += [f"--monotonic={host.monotonic_offset_s}", "--fork", "--kill-child", "--"]
         mounts = " ".join(f"{h.where}={h.options}" for h in host.cgroups.hierarchies)

@@ -6,8 +6,7 @@ answers each with a JSON line. Its status is 1 if a reply was wrong or late beyo
 acknowledged write was lost.
 
 A request is due each period whether or not the one before was answered, and its latency counts from when it was due:
-so a stall shows in full, as it would to many independent users. While it measures it has a real-time priority (the
-lowest), if it may: a client would be a machine of its own, not a guest of the two hosts.
+so a stall shows in full, as it would to many independent users.
 """
 
 from __future__ import annotations
@@ -246,13 +245,6 @@ def open_loop(connection: Connection, commands: Commands, period_s: float, writt
     return figures
 
 
-def take_priority() -> None:
-    try:
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
-    except PermissionError:
-        print("no real-time priority: late_send_ms tells how much that matters", file=sys.stderr)
-
-
 def say(answer: dict[str, object]) -> None:
     print(json.dumps(answer), flush=True)
 
@@ -268,9 +260,7 @@ def load(arguments: argparse.Namespace) -> dict[str, object]:
     gc.disable()
     print("ready", flush=True)
     written: dict[bytes, bytes] = {}
-    take_priority()
     figures = open_loop(connection, Commands(), arguments.period_ms / 1e3, written)
-    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     dirtied = stop_dirtier(dirtier) if dirtier else {}
     connection.set_and_check(written.items(), value_bytes=64, read_back=True)
     connection.set_and_check(values.items(keys), value_bytes=arguments.value_bytes, read_back=True)

@@ -144,7 +144,7 @@ class FakeAgent:
         if not process.channel.is_closing():
             process.stdout.write(connection.send(m.Reply(number=request.number, body=body)))
 
-    def healthy(self, body: m.RequestBody) -> m.ReplyBody:  # noqa: C901, PLR0912  one table
+    def healthy(self, body: m.RequestBody) -> m.ReplyBody:
         """What an agent answers when all goes well."""
         match body:
             case m.Hello():
@@ -189,7 +189,9 @@ class FakeAgent:
                 self.state[migration] = "finished"
                 return m.Done()
             case m.GetStatus():
-                return m.StatusReply(migrations=[self.status(name) for name in self.state if body.migration in {"", name}])
+                return m.StatusReply(
+                    migrations=[self.status(name) for name in self.state if body.migration in {"", name}]
+                )
             case m.Settle(migration=migration):
                 self.state[migration] = "finished"
                 return m.Done(detail="finished")
@@ -225,7 +227,18 @@ def host_report(name: str, **changes: Any) -> m.HostReport:
         "kernel": "6.18.0",
         "agent_version": "0.1.0",
         "features": dict.fromkeys(
-            ("pagemap_scan", "wp_async", "pidfd_getfd", "tcp_repair", "time_namespace", "ptrace_rseq", "freezer"), True
+            (
+                "pagemap_scan",
+                "wp_async",
+                "pidfd_getfd",
+                "tcp_repair",
+                "time_namespace",
+                "freezer",
+                "ns_last_pid",
+                "packet_socket",
+                "root",
+            ),
+            True,
         ),
         "cpu_model": "Test CPU",
         "cpu_flags": ["avx", "sse2"],
@@ -263,14 +276,20 @@ def container_report(**changes: Any) -> m.ContainerReport:
 
 
 def healthy_round(number: int) -> m.RoundReport:
-    """Round 1 copies all; from the second on nothing is left."""
-    if number == 1:
+    """Round 0 copies all; after the next nothing is left."""
+    if number == 0:
         return m.RoundReport(
-            round=1, dirty_bytes=64 * MIB, sent_bytes=60 * MIB, wire_bytes=20 * MIB, ms=300.0, scan_ms=1.0,
+            round=0, dirty_bytes=64 * MIB, sent_bytes=60 * MIB, wire_bytes=20 * MIB, ms=300.0, scan_ms=1.0,
             remaining_bytes=4 * MIB,
         )  # fmt: skip
     return m.RoundReport(
-        round=number, dirty_bytes=4 * MIB, sent_bytes=4 * MIB, wire_bytes=MIB, ms=20.0, scan_ms=1.0, remaining_bytes=4096
+        round=number,
+        dirty_bytes=4 * MIB,
+        sent_bytes=4 * MIB,
+        wire_bytes=MIB,
+        ms=20.0,
+        scan_ms=1.0,
+        remaining_bytes=4096,
     )
 
 

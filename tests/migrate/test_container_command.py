@@ -45,7 +45,8 @@ def test_a_migration_completes_with_the_whole_result_object(fakes, migrate):
     assert ran.json["downtime_ms"] == 12.5
     assert list(ran.json["downtime"]) == ["freeze", "scan", "dump", "copy", "restore", "commit"]
     assert not both_were_told_to_abort(fakes)
-    assert fakes.source.asked(m.Finish) and fakes.target.asked(m.Finish)
+    assert fakes.source.asked(m.Finish)
+    assert fakes.target.asked(m.Finish)
 
 
 def test_requests_go_out_in_the_order_of_the_phases(fakes, migrate):
@@ -90,7 +91,8 @@ def test_jsonl_gives_events_and_then_the_result(migrate):
 def test_the_summary_shows_the_downtime_by_part(migrate):
     ran = migrate("container", "web1", "--to", "hostB")
     assert "web1 runs on hostB: downtime 12.5 ms" in ran.out
-    assert "restore" in ran.out and "####" in ran.out
+    assert "restore" in ran.out
+    assert "####" in ran.out
 
 
 def test_stop_copy_runs_no_round_and_arms_no_tracker(fakes, migrate):
@@ -117,7 +119,9 @@ def test_a_refusal_touches_nothing_and_names_every_reason(fakes, migrate):
     fakes.source.container = container_report(
         refusals=[m.Refusal(code="io-uring", message="uses io_uring", pid=12, fd=4, object="anon_inode:[io_uring]")]
     )
-    fakes.target.report = m.HostReport(**{f: getattr(fakes.target.report, f) for f in m.HostReport.__struct_fields__} | {"runtimes": []})
+    fakes.target.report = m.HostReport(
+        **{f: getattr(fakes.target.report, f) for f in m.HostReport.__struct_fields__} | {"runtimes": []}
+    )
     ran = migrate("container", "web1", "--to", "hostB", "--json")
     assert ran.status == 3
     assert ran.json["status"] == "failed"

@@ -37,7 +37,7 @@ class FrozenProcess:
     def still_frozen(self) -> bool:
         """Whether it is the same stop, unbroken: every thread stands, and there is no thread that we did not stop."""
         try:
-            names = os.listdir(f"/proc/{self.pid}/task")  # noqa: PTH208 - in the freeze: names only
+            names = os.listdir(f"/proc/{self.pid}/task")
         except FileNotFoundError:
             return False
         return {int(name) for name in names} == set(self.tracees) and all(t.is_stopped() for t in self.tracees.values())

@@ -100,7 +100,7 @@ class _Pump:
                     self.known.discard(tid)
 
     def start(self, argv: Sequence[str]) -> None:
-        self.starter = subprocess.Popen(  # noqa: S603 - the runtime's command, from the runtime's driver
+        self.starter = subprocess.Popen(
             list(argv), stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output
         )
 

@@ -264,7 +264,7 @@ class RemoteSyscalls:
 
     # ---------------------------------------------------------------- many calls
 
-    def batch(self, calls: Sequence[Sequence[int]], keep_going: bool = False) -> list[int]:  # noqa: FBT001, FBT002
+    def batch(self, calls: Sequence[Sequence[int]], keep_going: bool = False) -> list[int]:
         """Make all `calls` (number, up to six arguments), in order, and give their results, signed.
 
         With `keep_going` a failed call gives -errno and the rest are made all the same.

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import msgspec
 
-from agent.engine.native.files import FilesSection
+from agent.engine.native.files.section import FilesSection
 from agent.engine.native.tasks.credentials import Credentials, Seccomp
 from agent.engine.native.tasks.memory import Address, Area
 from agent.engine.native.tasks.process import ProcessAttributes
@@ -37,10 +37,10 @@ class BeginSection(Message, kw_only=True):
 
     version: int
     task: TaskNumber
+    architecture: str
     exe: str  # inside the container
     vdso: Vdso
     seccomp: Seccomp
-    register_set_bytes: list[int]  # general registers, extended state
 
 
 class LayoutSection(Message, kw_only=True):

@@ -27,7 +27,7 @@ class SourceLayout:
         self._sent: list[Area] = []
         self._there = Protections()
         self.areas: list[Area] = []
-        self.lines: list[MemoryArea] = []
+        self.tracked: list[MemoryArea] = []
 
     def close(self) -> None:
         """Idempotent."""
@@ -41,8 +41,8 @@ class SourceLayout:
         lines = parse_maps(text)
         self._flags = _carried_over(self._flags, self.areas, lines) if in_freeze else read_vm_flags(self._pid)
         self._text = text
-        self.lines = lines
         self.areas = memory.areas_of(lines, self._flags)
+        self.tracked = [line for line in lines if memory.is_tracked(line)]
 
     def changed(self) -> list[sections.Section]:
         """What the target has to map and unmap."""

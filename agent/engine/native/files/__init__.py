@@ -7,6 +7,7 @@ from agent.engine.native.files.checking import CheckContext, FilesCheck, check
 from agent.engine.native.files.dumping import PreparedDump
 from agent.engine.native.files.restoring import RestoreContext, RestoredFiles, restore
 from agent.engine.native.files.section import FilesSection
+from agent.engine.native.files.tcp import TcpConnection
 from agent.engine.native.files.tcp_restore import activate, leave_repair_everywhere
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "PreparedDump",
     "RestoreContext",
     "RestoredFiles",
+    "TcpConnection",
     "activate",
     "check",
     "leave_repair_everywhere",

@@ -6,6 +6,7 @@ import fcntl
 import os
 import socket
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -212,14 +213,14 @@ class Scope:
 class Remote(Protocol):
     """System calls in the target's process; `agent.engine.native.remote.RemoteSyscalls` is the real one."""
 
-    def call(self, number: int, *arguments: int) -> int:
-        """One call. Raises: KernelError."""
-
-    def batch(self, calls: list[tuple[int, ...]], keep_going: bool = False) -> list[int]:
-        """Many calls. Raises: KernelError."""
+    def batch(self, calls: Sequence[Sequence[int]], keep_going: bool = False) -> list[int]:  # noqa: FBT001, FBT002
+        """Make them all. Raises: KernelError: the first that failed."""
 
     def place(self, data: bytes) -> int:
-        """Bytes in the process's scratch memory, until the next batch has run; gives their address."""
+        """Bytes in the process's scratch memory; gives their address."""
+
+    def reserve(self, size_bytes: int) -> int:
+        """Room in the process's scratch memory; gives its address."""
 
     def read(self, address: int, size_bytes: int) -> bytes:
         """Bytes of the process's memory."""

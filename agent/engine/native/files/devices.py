@@ -55,7 +55,7 @@ def restore(record: MemoryDevice, workshop: Workshop) -> int:
     path = _MEMORY_DEVICES.get(record.minor)
     if path is None:
         raise UnsupportedError(f"character device 1:{record.minor} is not carried", code="device")
-    fd = workshop.open_path(path, record.flags | os.O_NOCTTY | os.O_NONBLOCK)
+    fd = workshop.open_path(path, record.flags)
     if os.fstat(fd).st_rdev != os.makedev(_MEMORY_MAJOR, record.minor):
         os.close(fd)
         raise UnsupportedError(f"{path} is another device on this host", code="file-differs")

@@ -10,12 +10,10 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from agent.engine.native.files.base import Remote
-from agent.engine.native.tasks.plan import CallPlan
-from agent.kernel.memory import process_vm_write
 from agent.kernel.pidfd import pidfd_getfd, pidfd_open
 from agent.kernel.procfs import descriptors
 from agent.kernel.scm import MAX_AT_ONCE, send_descriptors
@@ -28,9 +26,7 @@ _FD_CLOEXEC = 1
 # Filling a hole costs less than moving a descriptor until the gap is about this wide.
 _WIDE_GAP = 64
 _CMSG_HEADER = 16  # struct cmsghdr on 64 bits
-_INT = 4
-# A call's row and its message's headers; see CallPlan for the arena.
-_MESSAGE_OVERHEAD = 256
+_INT_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,29 +62,24 @@ def place_descriptors(
     remote: Remote,
     objects: dict[int, int],
     cloexec: Iterable[int],
-    then: Callable[[CallPlan], None],
-    arena_bytes: int = 0,
+    then: Iterable[Sequence[int]] = (),
 ) -> None:
-    """Make the process's table be exactly `objects` (its number -> our descriptor), then run the calls `then` adds.
+    """Make the process's table be exactly `objects` (its number -> our descriptor), then make the calls `then`.
 
     Everything that is open there is closed first. Our descriptors stay ours.
     Raises: KernelError: a call in the process failed, or a descriptor landed elsewhere.
     """
     wanted = sorted(objects)
     spare = _free_number(wanted)
-    pair_plan = _Arena(pid, remote, 4096)
-    plan = pair_plan.plan
-    for number in descriptors(pid):
-        plan.must(f"close({number})", SYS.close, number)
-    pair = plan.reserve(8)
-    plan.must("socketpair", SYS.socketpair, socket.AF_UNIX, socket.SOCK_STREAM, 0, pair)
+    pair = remote.reserve(8)
+    calls: list[Sequence[int]] = [(SYS.close, number) for number in descriptors(pid)]
+    calls.append((SYS.socketpair, socket.AF_UNIX, socket.SOCK_STREAM, 0, pair))
     # All are closed, so the pair is 0 and 1; the second goes where no object will be.
-    plan.must(f"dup3(1, {spare})", SYS.dup3, 1, spare, 0)
-    plan.must("close(1)", SYS.close, 1)
-    pair_plan.run()
-    if struct.unpack("2i", plan.read(pair, 8)) != (0, 1):
+    calls += [(SYS.dup3, 1, spare, 0), (SYS.close, 1)]
+    remote.batch(calls)
+    if struct.unpack("2i", remote.read(pair, 8)) != (0, 1):
         raise KernelError("socketpair in the container", errno.EBUSY, "not the lowest numbers: is a thread running?")
-    _send_and_receive(pid, remote, objects, spare, cloexec, then, plan_layout(wanted, spare), arena_bytes)
+    _send_and_receive(pid, remote, objects, spare, [*_closing(cloexec), *then], plan_layout(wanted, spare))
 
 
 def _free_number(wanted: Sequence[int]) -> int:
@@ -100,32 +91,21 @@ def _free_number(wanted: Sequence[int]) -> int:
     return number
 
 
+def _closing(cloexec: Iterable[int]) -> list[Sequence[int]]:
+    return [(SYS.fcntl, number, _F_SETFD, _FD_CLOEXEC) for number in cloexec]
+
+
 def _send_and_receive(
-    pid: int,
-    remote: Remote,
-    objects: dict[int, int],
-    spare: int,
-    cloexec: Iterable[int],
-    then: Callable[[CallPlan], None],
-    layout: Layout,
-    arena_bytes: int,
+    pid: int, remote: Remote, objects: dict[int, int], spare: int, then: Sequence[Sequence[int]], layout: Layout
 ) -> None:
     chunks = [layout.received[at : at + MAX_AT_ONCE] for at in range(0, len(layout.received), MAX_AT_ONCE)]
-    size = sum(_INT * len(chunk) + _MESSAGE_OVERHEAD for chunk in chunks) + arena_bytes + 4096
-    arena = _Arena(pid, remote, size)
-    plan = arena.plan
-    plan.must("close(0)", SYS.close, 0)
-    controls = [(_plan_receive(plan, spare, len(chunk)), [number for number, _ in chunk]) for chunk in chunks]
+    messages = [_make_room(remote, len(chunk)) for chunk in chunks]
+    calls: list[Sequence[int]] = [(SYS.close, 0)]
+    calls += [(SYS.recvmsg, spare, message.header, 0) for message in messages]
     for source, target in reversed(layout.moves):
-        plan.must(f"dup3({source}, {target})", SYS.dup3, source, target, 0)
-        plan.must(f"close({source})", SYS.close, source)
-    for number, owner in layout.received:
-        if owner is None:
-            plan.must(f"close({number})", SYS.close, number)
-    plan.must(f"close({spare})", SYS.close, spare)
-    for number in cloexec:
-        plan.must(f"fcntl({number}, F_SETFD)", SYS.fcntl, number, _F_SETFD, _FD_CLOEXEC)
-    then(plan)
+        calls += [(SYS.dup3, source, target, 0), (SYS.close, source)]
+    calls += [(SYS.close, number) for number, owner in layout.received if owner is None]
+    calls += [(SYS.close, spare), *then]
     with _opposite_end(pid) as ours:
         null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -133,10 +113,11 @@ def _send_and_receive(
                 send_descriptors(ours, [null if owner is None else objects[owner] for _, owner in chunk])
         finally:
             os.close(null)
-        arena.run()
-    for control, expected in controls:
-        got = struct.unpack(f"{len(expected)}i", plan.read(control + _CMSG_HEADER, _INT * len(expected)))
-        if list(got) != expected:
+        remote.batch(calls)
+    for message, chunk in zip(messages, chunks, strict=True):
+        got = struct.unpack(f"{len(chunk)}i", remote.read(message.numbers, _INT_BYTES * len(chunk)))
+        expected = tuple(number for number, _ in chunk)
+        if got != expected:
             raise KernelError("recvmsg in the container", errno.EBADF, f"descriptors landed on {got}, not {expected}")
 
 
@@ -153,28 +134,18 @@ def _opposite_end(pid: int) -> socket.socket:
     return ours
 
 
-def _plan_receive(plan: CallPlan, spare: int, count: int) -> int:
-    """One recvmsg of `count` descriptors; gives the address of its control message.   Source: struct user_msghdr."""
-    byte = plan.reserve(8)
-    vector = plan.place(struct.pack("QQ", byte, 1))
-    control_bytes = _CMSG_HEADER + -(-_INT * count // 8) * 8
-    control = plan.reserve(control_bytes)
-    header = plan.place(struct.pack("QIxxxxQQQQixxxx", 0, 0, vector, 1, control, _CMSG_HEADER + _INT * count, 0))
-    plan.must(f"recvmsg({count} descriptors)", SYS.recvmsg, spare, header, 0)
-    return control
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """Addresses in the process: of a message header, and of the numbers that come with it."""
+
+    header: int
+    numbers: int
 
 
-class _Arena:
-    """A plan in scratch memory of the process, and how it is run."""
-
-    def __init__(self, pid: int, remote: Remote, size_bytes: int) -> None:
-        self._pid = pid
-        self._remote = remote
-        self.plan = CallPlan(remote.place(bytes(size_bytes)), size_bytes)
-
-    def run(self) -> None:
-        """Raises: KernelError: a call that must succeed failed."""
-        plan = self.plan
-        process_vm_write(self._pid, plan.base, plan.memory)
-        results = self._remote.batch(plan.calls, keep_going=True)
-        plan.load(results, self._remote.read(plan.base, len(plan.memory)))
+def _make_room(remote: Remote, count: int) -> _Room:
+    """For one recvmsg of `count` descriptors.   Source: struct user_msghdr (linux/socket.h), on 64 bits."""
+    byte = remote.reserve(8)
+    vector = remote.place(struct.pack("QQ", byte, 1))
+    control = remote.reserve(_CMSG_HEADER + _INT_BYTES * (count + 1))
+    header = struct.pack("QIxxxxQQQQixxxx", 0, 0, vector, 1, control, _CMSG_HEADER + _INT_BYTES * count, 0)
+    return _Room(header=remote.place(header), numbers=control + _CMSG_HEADER)

@@ -83,7 +83,7 @@ def restore(record: RegularFile, workshop: Workshop) -> int:
     Raises: KernelError: not there. UnsupportedError: something else is there.
     """
     kind_flags = os.O_DIRECTORY if record.directory else 0
-    fd = workshop.open_path(record.path, record.flags | kind_flags | os.O_NOFOLLOW | os.O_NOCTTY | os.O_NONBLOCK)
+    fd = workshop.open_path(record.path, record.flags | kind_flags)
     try:
         mode = os.fstat(fd).st_mode
         if not (stat.S_ISDIR(mode) if record.directory else stat.S_ISREG(mode)):

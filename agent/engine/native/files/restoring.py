@@ -13,7 +13,6 @@ from agent.engine.native.files.passing import place_descriptors
 from agent.engine.native.files.section import FilesSection
 from agent.engine.native.files.tcp import TcpConnection
 from agent.engine.native.files.tcp_listen import TcpListener
-from agent.engine.native.tasks.plan import CallPlan
 from agent.kernel.namespaces import in_network_namespace
 from agent.kernel.openat2 import open_root_of
 from agent.kernel.pidfd import pidfd_getfd, pidfd_open
@@ -101,29 +100,17 @@ def _place(section: FilesSection, context: RestoreContext, workshop: Workshop) -
         if identity in numbers
         for entry in record.entries
     ]
-    events = b"".join(pack_event(entry, packed=SYS is X86_64) for _, entry in entries)
-    event_bytes = len(events) // len(entries) if entries else 0
-
-    def watch(plan: CallPlan) -> None:
-        if entries:
-            first = plan.place(events)
-            for index, (epoll_number, entry) in enumerate(entries):
-                plan.must(
-                    f"epoll_ctl({epoll_number}, ADD, {entry.target})",
-                    SYS.epoll_ctl,
-                    epoll_number,
-                    EPOLL_CTL_ADD,
-                    entry.target,
-                    first + index * event_bytes,
-                )
-
+    events = [pack_event(entry, packed=SYS is X86_64) for _, entry in entries]
+    first = context.remote.place(b"".join(events))
     place_descriptors(
         context.pid,
         context.remote,
         {descriptor.number: workshop.made[descriptor.object] for descriptor in section.descriptors},
         [descriptor.number for descriptor in section.descriptors if descriptor.cloexec],
-        watch,
-        arena_bytes=len(events) + 64,
+        [
+            (SYS.epoll_ctl, epoll_number, EPOLL_CTL_ADD, entry.target, first + index * len(events[0]))
+            for index, (epoll_number, entry) in enumerate(entries)
+        ],
     )
 
 

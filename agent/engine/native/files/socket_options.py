@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import socket
-import struct
 from functools import cache
 
 import msgspec
 
+from agent.kernel.syscalls import failure, get_errno, libc
 from protocol.errors import KernelError
 
 # asm-generic/socket.h
@@ -62,6 +64,9 @@ _IP_OPTIONS = {
     20: 4,  # IP_RECVORIGDSTADDR
     21: 4,  # IP_MINTTL
     24: 4,  # IP_BIND_ADDRESS_NO_PORT
+}
+# On TCP these are left over from the connection's making, and cannot be set.
+_IP_MULTICAST = {
     32: 4,  # IP_MULTICAST_IF
     33: 4,  # IP_MULTICAST_TTL
     34: 4,  # IP_MULTICAST_LOOP
@@ -70,9 +75,6 @@ _IP_OPTIONS = {
 # linux/in6.h
 _IPV6_OPTIONS = {
     16: 4,  # IPV6_UNICAST_HOPS
-    17: 4,  # IPV6_MULTICAST_IF
-    18: 4,  # IPV6_MULTICAST_HOPS
-    19: 4,  # IPV6_MULTICAST_LOOP
     23: 4,  # IPV6_MTU_DISCOVER
     25: 4,  # IPV6_RECVERR
     26: 4,  # IPV6_V6ONLY
@@ -86,6 +88,12 @@ _IPV6_OPTIONS = {
     73: 4,  # IPV6_MINHOPCOUNT
     75: 4,  # IPV6_TRANSPARENT
     78: 4,  # IPV6_FREEBIND
+}
+_IPV6_MULTICAST = {
+    17: 4,  # IPV6_MULTICAST_IF
+    18: 4,  # IPV6_MULTICAST_HOPS
+    19: 4,  # IPV6_MULTICAST_LOOP
+    29: 4,  # IPV6_MULTICAST_ALL
 }
 # linux/tcp.h
 TCP_NODELAY = 1
@@ -164,9 +172,12 @@ class Buffers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 def _names(family: int, protocol: int) -> dict[tuple[int, int], int]:
     names = {(_SO, name): size for name, size in _SOCKET_OPTIONS.items()}
-    names |= {(socket.IPPROTO_IP, name): size for name, size in _IP_OPTIONS.items()}
+    is_tcp = protocol == socket.IPPROTO_TCP
+    v4 = _IP_OPTIONS if is_tcp else _IP_OPTIONS | _IP_MULTICAST
+    v6 = _IPV6_OPTIONS if is_tcp else _IPV6_OPTIONS | _IPV6_MULTICAST
+    names |= {(socket.IPPROTO_IP, name): size for name, size in v4.items()}
     if family == socket.AF_INET6:
-        names |= {(socket.IPPROTO_IPV6, name): size for name, size in _IPV6_OPTIONS.items()}
+        names |= {(socket.IPPROTO_IPV6, name): size for name, size in v6.items()}
     own = {socket.IPPROTO_TCP: _TCP_OPTIONS, socket.IPPROTO_UDP: _UDP_OPTIONS}.get(protocol, {})
     return names | {(protocol, name): size for name, size in own.items()}
 
@@ -233,14 +244,22 @@ def set_buffers(sock: socket.socket, buffers: Buffers, *, at_least_send: int = 0
     _set(sock, _SO, SO_BUF_LOCK, buffers.lock)
 
 
-def set_options(sock: socket.socket, options: list[Option]) -> None:
-    """Raises: KernelError: which option, and why not."""
+def set_options(sock: socket.socket, options: list[Option], *, but_reuse: bool = False) -> None:
+    """Before bind: some cannot be set after. Raises: KernelError: which option, and why not."""
     for option in options:
+        if but_reuse and (option.level, option.name) == (_SO, SO_REUSEADDR):
+            continue
         if (option.level, option.name) not in _LATE:
             _set(sock, option.level, option.name, option.value)
     for option in options:
         if (option.level, option.name) in _LATE:
             _set(sock, option.level, option.name, option.value)
+
+
+def set_reuse(sock: socket.socket, options: list[Option]) -> None:
+    """SO_REUSEADDR alone."""
+    wanted = [option.value for option in options if (option.level, option.name) == (_SO, SO_REUSEADDR)]
+    sock.setsockopt(_SO, SO_REUSEADDR, wanted[0] if wanted else 0)
 
 
 def _set(sock: socket.socket, level: int, name: int, value: int | bytes) -> None:
@@ -254,17 +273,16 @@ def _set(sock: socket.socket, level: int, name: int, value: int | bytes) -> None
 
 
 def has_filter(sock: socket.socket) -> bool:
-    """Whether a classic BPF filter is attached.   Source: SO_GET_FILTER gives its length in instructions."""
-    try:
-        return len(sock.getsockopt(_SO, SO_GET_FILTER, 8 * 4096)) > 0
-    except OSError:
-        return True  # an eBPF filter cannot be read: EACCES
+    """Whether a BPF filter is attached. Raises: KernelError.
 
-
-def unpack_int(value: bytes) -> int:
-    """The int of an option's first four bytes."""
-    number: int = struct.unpack_from("i", value)[0]
-    return number
+    Source: SO_GET_FILTER asked with room for nothing gives the length in instructions; EACCES for an eBPF program.
+    """
+    length = ctypes.c_uint32(0)
+    if libc.getsockopt(sock.fileno(), _SO, SO_GET_FILTER, None, ctypes.byref(length)) < 0:
+        if get_errno() == errno.EACCES:
+            return True
+        raise failure("getsockopt(SO_GET_FILTER)", get_errno())
+    return length.value > 0
 
 
 # Options that programs turn on and off while they work: read again in the freeze.

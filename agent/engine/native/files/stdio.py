@@ -13,6 +13,8 @@ from protocol.errors import UnsupportedError
 from protocol.messages import Refusal
 
 ROLES = ("stdin", "stdout", "stderr")
+# Objects with names that look like paths, on mounts of the kernel's own.
+_MEMORY = ("/memfd:", "/dmabuf:", "/SYSV", "/anon_hugepage", "/dev/zero (deleted)", "/[aio]")
 
 
 class ExternalStdio(ObjectRecord, frozen=True, kw_only=True, tag="stdio"):
@@ -64,7 +66,7 @@ def dump_outside(file: OpenFile, scope: Scope) -> ExternalStdio:
 
 def matches(file: OpenFile, scope: Scope) -> bool:
     """Anything with a path that the container's mounts do not have."""
-    return file.link.startswith("/") and scope.is_outside(file)
+    return file.link.startswith("/") and not file.link.startswith(_MEMORY) and scope.is_outside(file)
 
 
 check = check_outside

@@ -12,12 +12,12 @@ from agent.engine.native.files import tcp
 from agent.engine.native.files.base import Workshop, set_flags
 from agent.engine.native.files.fin import send_fin
 from agent.engine.native.files.socket_options import (
-    SO_REUSEADDR,
     SO_SNDBUFFORCE,
     Address,
     read_buffers,
     set_buffers,
     set_options,
+    set_reuse,
 )
 from agent.engine.native.files.tcp import TcpClosed, TcpConnection
 from agent.engine.native.files.tcp_listen import bind
@@ -57,10 +57,10 @@ def make(record: TcpConnection) -> socket.socket:
     try:
         # Binds beside listener and siblings, and connects without a handshake.
         sock.setsockopt(_TCP, tcp.TCP_REPAIR, tcp.REPAIR_ON)
+        set_options(sock, record.options, but_reuse=True)
         bind(sock, record.local)
         # Not 'forced' as repair mode made it: what it is now is what it will be after.
-        sock.setsockopt(_SO, SO_REUSEADDR, 0)
-        set_options(sock, record.options)
+        set_reuse(sock, record.options)
     except BaseException:
         sock.close()
         raise

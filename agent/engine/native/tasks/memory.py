@@ -125,6 +125,11 @@ def _kind_of(line: MemoryArea) -> AreaKind:
     return AreaKind.ANONYMOUS
 
 
+def is_tracked(line: MemoryArea) -> bool:
+    """Whether its pages travel: those of a shared file mapping are the file's."""
+    return not line.is_kernel_page and not (line.is_file and line.is_shared and not _is_shared_anonymous(line))
+
+
 def _is_shared_anonymous(line: MemoryArea) -> bool:
     return line.path == _SHARED_ANONYMOUS and line.is_shared and line.deleted
 

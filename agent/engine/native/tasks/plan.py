@@ -20,6 +20,7 @@ Later = Callable[[], T]
 
 _ALIGNMENT = 16
 _MAX_ERRNO = 4095
+_SMALL = 4096
 
 
 class Answer:
@@ -69,13 +70,14 @@ class CallPlan:
         self.calls: list[tuple[int, ...]] = []
         self._answers: list[tuple[Answer, bool, tuple[int, ...]]] = []
         self._memory = bytearray()
+        self.has_placed = False
 
     def __len__(self) -> int:
         return len(self.calls)
 
     @property
     def memory(self) -> bytes:
-        """What is to be in the arena before the calls run; after `load`, what they left there."""
+        """What is to be in the arena before the calls run; after `keep`, what they left there."""
         return bytes(self._memory)
 
     def place(self, data: bytes) -> int:
@@ -83,6 +85,7 @@ class CallPlan:
         address = self.reserve(len(data))
         offset = address - self.base
         self._memory[offset : offset + len(data)] = data
+        self.has_placed = True
         return address
 
     def reserve(self, size_bytes: int) -> int:
@@ -112,12 +115,17 @@ class CallPlan:
         self._answers.append((answer, must, arguments))
         return answer
 
-    def load(self, results: list[int], memory: bytes) -> None:
-        """The plan has run. Raises: KernelError: a call that must succeed failed."""
+    def keep(self, results: list[int], memory: bytes) -> None:
+        """The plan has run: these are the results, and what the arena holds now."""
         self._memory[:] = memory
         for (answer, _, _), result in zip(self._answers, results, strict=True):
             answer.give(result)
+
+    def check(self) -> None:
+        """Raises: KernelError: a call that must succeed failed."""
         for answer, must, arguments in self._answers:
             if must and answer.errno:
-                shown = ", ".join(f"{argument:#x}" if argument > 9 else str(argument) for argument in arguments)  # noqa: PLR2004
-                raise KernelError(f"{answer!r} in the container, arguments ({shown})", answer.errno, os.strerror(answer.errno))
+                shown = ", ".join(hex(argument) if abs(argument) > _SMALL else str(argument) for argument in arguments)
+                raise KernelError(
+                    f"{answer!r} in the container, arguments ({shown})", answer.errno, os.strerror(answer.errno)
+                )

@@ -8,8 +8,10 @@ hardware breakpoints.
 
 from __future__ import annotations
 
-from agent import arch
+from agent.arch import current
 from agent.engine.native.tracee import Tracee
+from agent.kernel import ptrace
+from protocol.errors import RemoteProtocolError
 from protocol.messages import Record
 
 
@@ -20,10 +22,22 @@ class Registers(Record, kw_only=True):
 
 
 def dump(tracee: Tracee) -> Registers:
-    """The thread's own, as saved when it was stopped."""
-    raise NotImplementedError
+    """The thread's own, as they were when it was stopped."""
+    tracee.save()
+    return Registers(general=tracee.saved.pack(), extended=tracee.get_xstate(), blocked=tracee.saved_mask)
 
 
 def restore(record: Registers, tracee: Tracee, *, has_unblocked_signal: bool) -> None:
     """Last of all: nothing may be injected into the thread afterwards."""
-    raise NotImplementedError
+    arch = current()
+    try:
+        general = arch.registers_from(record.general)
+    except ValueError as error:
+        raise RemoteProtocolError(f"registers of thread {tracee.tid}: {error}") from error
+    if not has_unblocked_signal:
+        general, _ = arch.fix_interrupted_syscall(general, has_pending_signal=False)
+    # else: the kernel delivers the signal first, and decides by its handler whether the call fails or starts over.
+    tracee.set_registers(general)
+    tracee.set_xstate(record.extended)
+    ptrace.set_sigmask(tracee.tid, record.blocked)
+

@@ -1,0 +1,1 @@
+"""Finding the pages that a running process has written."""
