@@ -69,7 +69,9 @@ async def _serve_process(service: Service, process: asyncssh.SSHServerProcess[by
         process.exit(1)
         return
     connection = process.get_extra_info("connection")
-    role = str(connection.get_key_option("migrate-role", "operate"))
+    # asyncssh gives every value that the option was written with; one without a value is True.
+    given = connection.get_key_option("migrate-role", ["operate"])
+    role = str(given[0]) if isinstance(given, list) and len(given) == 1 else str(given)
     if role not in ROLES:
         process.stderr.write(f"migrate-role={role!r} of this key is none of {', '.join(ROLES)}\n".encode())
         process.exit(1)

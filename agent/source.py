@@ -163,6 +163,7 @@ class SourceMigration:
         # --- the decision: from this fsync on the target owns the container
         clock = time.monotonic_ns()
         self._host.journal.move(self.id, _SIDE, Event.RESTORED, Event.COMMIT, clear_undo=True)
+        self._in_cut_over = False
         parts["journal"] = (time.monotonic_ns() - clock) / 1e6
         return await self._commit(live, frozen, dumped, restored, parts)
 

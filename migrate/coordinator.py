@@ -86,7 +86,7 @@ async def migrate(bridge: Bridge, inventory: Inventory, request: MigrationReques
 
 async def check(bridge: Bridge, inventory: Inventory, request: MigrationRequest) -> CheckOutcome:
     """Preflight alone. Raises: MigrateError: the hosts could not be asked."""
-    async with _between(bridge, inventory, request) as (source, target):
+    async with _between(bridge, inventory, request) as (source, target, _):
         return CheckOutcome(source=source.name, target=target.name, survey=await survey.enter(source, target, request))
 
 
@@ -112,12 +112,13 @@ class _Run:
 
     async def run(self) -> None:
         """Connect, look, move."""
-        async with _between(self._bridge, self._inventory, self._request, self._on_progress) as (source, target):
+        async with _between(self._bridge, self._inventory, self._request, self._on_progress) as between:
+            source, target, warnings = between
             self._tally.located(source.name)
             with _phase("check", self._tell):
                 seen = await survey.enter(source, target, self._request)
             self._tally.surveyed(seen)
-            for warning in seen.preflight.warnings:
+            for warning in (*warnings, *seen.preflight.warnings):
                 self._tell(Warned(text=warning))
             if seen.preflight.refusals:
                 raise RefusedError(seen.preflight.refusals)
@@ -136,6 +137,7 @@ class _Run:
                     container=self._request.container,
                     source=source.name,
                     target=target.name,
+                    memory_bytes=seen.container.memory_bytes,
                 )
             )
             await self._until_committed(session, seen)
@@ -213,8 +215,8 @@ def _before(deadline: float, timeout_s: float) -> Iterator[None]:
 @asynccontextmanager
 async def _between(
     bridge: Bridge, inventory: Inventory, request: MigrationRequest, on_progress: ProgressSink | None = None
-) -> AsyncIterator[tuple[AgentLink, AgentLink]]:
-    """Links to source and target. Without a source in the request all hosts are asked who runs the container.
+) -> AsyncIterator[tuple[AgentLink, AgentLink, list[str]]]:
+    """Links to source and target, and warnings. Without a source all hosts are asked who runs the container.
 
     Raises: UsageError: unknown host, or two run it; UnsupportedError: none does; PeerError: not reached.
     """
@@ -223,4 +225,6 @@ async def _between(
     distinct = {host.name: host for host in hosts}
     async with open_fleet(bridge, list(distinct.values()), on_progress) as fleet:
         source = request.source or await locate(fleet, request.container)
-        yield fleet.link(source), fleet.link(target.name)
+        silent = sorted(fleet.errors.keys() - {source, target.name})
+        warnings = [f"{name} could not be asked whether it runs {request.container}, too" for name in silent]
+        yield fleet.link(source), fleet.link(target.name), warnings

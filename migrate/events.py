@@ -17,6 +17,7 @@ class Started:
     container: str
     source: str
     target: str
+    memory_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,8 +20,7 @@ from protocol.errors import PeerError, ProtocolError, RemoteProtocolError, Usage
 
 SUBSYSTEM = "migrate-agent"
 AGENTLESS_COMMAND = "migrate-agent --stdio"
-CONNECT_S = 10.0  # TCP alone; a host on the same continent answers within one.
-LOGIN_S = 20.0  # Key exchange and authentication, on a host that is short of CPU.
+CONNECT_S = 10.0  # TCP, key exchange and authentication together, on a host that is short of CPU.
 HELLO_S = 20.0  # An agentless agent starts a Python first.
 KEEPALIVE_S = 5.0
 KEEPALIVE_COUNT = 3
@@ -63,7 +62,7 @@ class AgentSession(asyncssh.SSHClientSession[bytes]):
         host = self._host
         client = _Client()
         try:
-            self._ssh = await asyncio.wait_for(self._open(client), CONNECT_S + LOGIN_S)
+            self._ssh = await asyncio.wait_for(self._open(client), CONNECT_S)
         except asyncssh.HostKeyNotVerifiable as error:
             raise _host_key_error(host, client.presented, error) from error
         except asyncssh.PermissionDenied as error:
@@ -73,6 +72,14 @@ class AgentSession(asyncssh.SSHClientSession[bytes]):
                 host=host.name,
                 hint="put the public key of the inventory's identity into the authorized_keys of the "
                 + ("host" if host.agentless else "agent"),
+            ) from error
+        except asyncssh.KeyExchangeFailed as error:
+            raise PeerError(
+                f"{host.address}:{host.ssh_port}: no common key exchange, perhaps no key of the kind we know it by: "
+                f"{error.reason}",
+                code="host-key",
+                host=host.name,
+                hint=f"compare its host keys; if it was installed anew: migrate hosts trust {host.name}",
             ) from error
         except (asyncssh.Error, OSError) as error:
             raise PeerError(
@@ -171,7 +178,7 @@ class AgentSession(asyncssh.SSHClientSession[bytes]):
             keepalive_interval=KEEPALIVE_S,
             keepalive_count_max=KEEPALIVE_COUNT,
             connect_timeout=CONNECT_S,
-            login_timeout=LOGIN_S,
+            login_timeout=CONNECT_S,
         )
 
     async def _start_agent(self, ssh: asyncssh.SSHClientConnection) -> None:

@@ -78,6 +78,11 @@ class Aarch64:
             new.regs[index] = argument
         return new
 
+    def jump(self, regs: Registers, program_counter: int) -> Registers:
+        new = regs.copy()
+        new.pc = program_counter
+        return new
+
     def result(self, regs: Registers) -> int:
         word = int(regs.regs[0])
         return word - (1 << 64) if word >> 63 else word

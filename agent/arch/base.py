@@ -62,6 +62,10 @@ class Architecture(Protocol[R]):
         """Registers that make the call at `program_counter`, where a syscall instruction stands."""
         ...
 
+    def jump(self, regs: R, program_counter: int) -> R:
+        """The same registers with another address to go on at."""
+        ...
+
     def result(self, regs: R) -> int:
         """Of a call that has returned: signed, -errno on failure."""
         ...

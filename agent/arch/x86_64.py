@@ -160,6 +160,11 @@ class X86_64:  # noqa: N801 - the machine's name
         new.eflags &= ~(_X86_EFLAGS_TF | _X86_EFLAGS_DF)
         return new
 
+    def jump(self, regs: Registers, program_counter: int) -> Registers:
+        new = regs.copy()
+        new.rip = program_counter
+        return new
+
     def result(self, regs: Registers) -> int:
         return signed(regs.rax)
 

@@ -10,7 +10,7 @@ import contextlib
 import ipaddress
 import socket
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import asyncssh
 
@@ -31,7 +31,7 @@ _CONNECT_TIMEOUT_S = 10.0
 _MAX_UNAUTHENTICATED = 8
 _CLOSE_TIMEOUT_S = 1.0
 # Parts below this are put into one packet with their header.
-_SMALL_BYTES = 32 << 10
+_SMALL_BYTES = 256 << 10
 
 _COMMON_OPTIONS: dict[str, Any] = {
     "encryption_algs": ["aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "chacha20-poly1305@openssh.com"],
@@ -56,7 +56,8 @@ class Link(asyncssh.SSHClientSession[bytes], asyncssh.SSHServerSession[bytes]):
         self._on_frame = on_frame
         self._on_lost = on_lost
         self._decoder = FrameDecoder()
-        self._channel: asyncssh.SSHClientChannel[bytes] | asyncssh.SSHServerChannel[bytes]
+        # Anything but None from connection_made on; a session that was refused never gets there.
+        self._channel: Any = None
         self._socket: socket.socket
         self._writable = asyncio.Event()
         self._writable.set()
@@ -71,18 +72,18 @@ class Link(asyncssh.SSHClientSession[bytes], asyncssh.SSHServerSession[bytes]):
         """Send one frame; gives its size on the link, bytes. What the socket does not take is buffered: `drain`."""
         payload_bytes = sum(map(len, parts))
         header = frame_header(kind, payload_bytes)
-        if self._is_closing or self._ended.is_set():
+        if self._channel is None or self._is_closing or self._ended.is_set():
             return 0
         try:
+            # asyncssh puts an empty packet before each: in one segment they wake the other side once.
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
             if payload_bytes <= _SMALL_BYTES:
-                # asyncssh puts an empty packet before each: in one segment they wake the other side once.
-                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
                 self._channel.write(b"".join((header, *parts)))
-                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
             else:
                 self._channel.write(b"".join((header, *parts[:-1])))
-                self._channel.write(cast("bytes", parts[-1]))
-        except BrokenPipeError:
+                self._channel.write(parts[-1])
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+        except OSError:
             # The end of the connection is reported by connection_lost.
             return 0
         return len(header) + payload_bytes
@@ -101,11 +102,14 @@ class Link(asyncssh.SSHClientSession[bytes], asyncssh.SSHServerSession[bytes]):
     def abort(self) -> None:
         """Close at once; what is unsent is lost."""
         self._is_closing = True
-        self.connection.abort()
+        if self._channel is not None:
+            self.connection.abort()
 
     async def close(self) -> None:
         """Send what is unsent, bounded in time, and close."""
         self._is_closing = True
+        if self._channel is None:
+            return
         self._channel.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._ended.wait(), _CLOSE_TIMEOUT_S)
@@ -124,13 +128,13 @@ class Link(asyncssh.SSHClientSession[bytes], asyncssh.SSHServerSession[bytes]):
     def subsystem_requested(self, subsystem: str) -> bool:
         return subsystem == SUBSYSTEM
 
-    def data_received(self, data: bytes, datatype: int | None) -> None:
-        if self._is_closing or datatype is not None:
+    def data_received(self, data: bytes, datatype: int | None) -> None:  # noqa: ARG002 - asyncssh names it
+        if self._is_over():
             return
         try:
             for frame in self._decoder.feed(data):
                 self._on_frame(frame)
-                if self._is_closing:
+                if self._is_over():
                     return
         except RemoteProtocolError as error:
             self._lose(f"{self.peer} does not keep to the protocol: {error}")
@@ -150,6 +154,9 @@ class Link(asyncssh.SSHClientSession[bytes], asyncssh.SSHServerSession[bytes]):
         self._writable.set()
         cut = f", {self._decoder.pending_bytes} bytes into a frame" if self._decoder.pending_bytes else ""
         self._lose(f"the data link to {self.peer} was lost: {exc or 'closed by the other side'}{cut}")
+
+    def _is_over(self) -> bool:
+        return self._is_closing
 
     def _lose(self, text: str) -> None:
         if not self._is_closing:

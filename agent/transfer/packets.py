@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from ipaddress import ip_address
 
 from agent.network import capture
@@ -65,7 +65,8 @@ class PacketSource:
             self._back.close()
         self._back = socket.socket(fileno=fd)
         for sock in self._sockets:
-            self._readable(sock)
+            for packet in self._drain(sock):
+                self._kept.put(packet)
         return sum(capture.inject(self._back, packet) for packet in self._kept.take())
 
     @property
@@ -83,17 +84,18 @@ class PacketSource:
         if self._back is not None:
             self._back.close()
 
-    def _readable(self, sock: socket.socket) -> None:
+    def _drain(self, sock: socket.socket) -> Iterator[bytes]:
         for packet in capture.drain(sock):
-            if len(packet) < VNET_HEADER_BYTES + ETHERNET_BYTES:
-                continue
-            self.packets += 1
-            # On a replay those that are kept go first, in order; this one is behind them.
-            self._kept.put(packet)
+            if len(packet) >= VNET_HEADER_BYTES + ETHERNET_BYTES:
+                self.packets += 1
+                yield packet
+
+    def _readable(self, sock: socket.socket) -> None:
+        for packet in self._drain(sock):
             if self._back is None:
+                self._kept.put(packet)
                 self._send(packet)
-        if self._back is not None:
-            for packet in self._kept.take():
+            else:
                 capture.inject(self._back, packet)
 
 

@@ -19,7 +19,7 @@ from agent.transfer.packets import PacketSource
 from agent.transfer.ratelimit import TokenBucket
 from agent.transfer.stream import Stream
 from protocol import codec
-from protocol.errors import LocalProtocolError, RemoteProtocolError
+from protocol.errors import LocalProtocolError, MigrateError, RemoteProtocolError
 from protocol.framing import Frame, FrameKind
 from protocol.messages import LinkHello
 from protocol.pages import PageBatch, PageCodec, encode_batch
@@ -61,6 +61,11 @@ class SourceStream(Stream):
         self._flushing: deque[tuple[int, _Totals]] = deque()
         self._hello_answered = asyncio.Event()
         self._start(self._work_off())
+
+    def fail(self, error: MigrateError) -> None:
+        super().fail(error)
+        # Whoever waits for the bandwidth limit shall see it.
+        self._unthrottled.set()
 
     # ------------------------------------------------------------ service
 
@@ -141,7 +146,7 @@ class SourceStream(Stream):
                 return
             case base.ReadRuns(final=True):
                 self._unthrottled.set()
-        if not self._is_working and not isinstance(record, base.ReadRuns):
+        if not self._is_working and not self._queue and not isinstance(record, base.ReadRuns):
             # Nothing is before it: in the freeze a turn of the event loop counts.
             self._handle(frame, record)
             return

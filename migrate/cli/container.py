@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from migrate.cli.parameters import DURATION, RATE
-from migrate.cli.settings import SCHEMA, Settings, command, json_option, run_async
+from migrate.cli.settings import SCHEMA, Settings, command, output_options, run_async
 from migrate.request import MigrationRequest, Strategy
 from protocol.errors import MigrateError, UnsupportedError
 
@@ -73,7 +73,7 @@ def _with(options: tuple[Callable[[F], F], ...]) -> Callable[[F], F]:
 @click.command()
 @_with(_WHAT_MOVES)
 @_with(_HOW_IT_MOVES)
-@json_option
+@output_options
 @command
 def container(settings: Settings, /, *, dry_run: bool, **options: Any) -> int:
     """Move the running container NAME to another host."""
@@ -94,7 +94,7 @@ def container(settings: Settings, /, *, dry_run: bool, **options: Any) -> int:
 
 @click.command()
 @_with(_WHAT_MOVES)
-@json_option
+@output_options
 @command
 def check(settings: Settings, /, **options: Any) -> int:
     """Say whether the container NAME could be moved: every reason against it at once. Touches nothing."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from migrate.cli.ps import report_errors
-from migrate.cli.settings import SCHEMA, Settings, command, json_option, run_async
+from migrate.cli.settings import SCHEMA, Settings, command, output_options, run_async
 
 if TYPE_CHECKING:
     from migrate.bridge import Bridge
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("hosts", nargs=-1, metavar="[HOST]...")
-@json_option
+@output_options
 @command
 def doctor(settings: Settings, /, *, hosts: tuple[str, ...]) -> int:
     """Ask hosts what they can do; exit status 3 if one lacks something."""
@@ -48,7 +48,7 @@ def doctor(settings: Settings, /, *, hosts: tuple[str, ...]) -> int:
 def _lines(host: str, report: HostReport) -> list[str]:
     from migrate import units
 
-    runtimes = ", ".join(f"{runtime.kind} {runtime.version}" for runtime in report.runtimes) or "none"
+    runtimes = ", ".join(f"{runtime.kind} ({runtime.version})" for runtime in report.runtimes) or "none"
     lines = [
         f"{host}: {report.architecture}, kernel {report.kernel}, agent {report.agent_version}",
         f"  cpu       {report.cpu_model or 'unknown'}, {report.cpus} processors, xstate {report.xstate_bytes} bytes",

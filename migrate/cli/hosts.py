@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from migrate.cli.settings import SCHEMA, Settings, command, json_option, run_async
+from migrate.cli.settings import SCHEMA, Settings, command, output_options, run_async
 
 if TYPE_CHECKING:
     from migrate.bridge import Bridge
@@ -20,7 +20,7 @@ def hosts() -> None:
 
 
 @hosts.command(name="list")
-@json_option
+@output_options
 @command
 def list_hosts(settings: Settings, /) -> int:
     """List the hosts."""
@@ -49,7 +49,7 @@ def list_hosts(settings: Settings, /) -> int:
 @click.option("--host-key", help="'ssh-ed25519 AAAA...'; left out: it is fetched and shown.")
 @click.option("--known-hosts", help="A known_hosts file instead of a host key.")
 @click.option("--yes", is_flag=True, help="Trust the key that the host shows, unseen.")
-@json_option
+@output_options
 @command
 def add(settings: Settings, /, *, name: str, yes: bool, **values: str | int | None) -> int:
     """Add a host to the inventory."""
@@ -67,7 +67,7 @@ def add(settings: Settings, /, *, name: str, yes: bool, **values: str | int | No
 @hosts.command()
 @click.argument("name")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@json_option
+@output_options
 @command
 def trust(settings: Settings, /, *, name: str, yes: bool) -> int:
     """Fetch a host's key, show its fingerprint, and write it into the inventory."""
@@ -82,7 +82,7 @@ def trust(settings: Settings, /, *, name: str, yes: bool) -> int:
 
 @hosts.command()
 @click.argument("name")
-@json_option
+@output_options
 @command
 def remove(settings: Settings, /, *, name: str) -> int:
     """Take a host out of the inventory."""

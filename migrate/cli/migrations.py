@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from migrate.cli.ps import report_errors
-from migrate.cli.settings import SCHEMA, Settings, command, fail, json_option, run_async
+from migrate.cli.settings import SCHEMA, Settings, command, fail, output_options, run_async
 from protocol.errors import MigrateError, UsageError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @click.command()
 @click.argument("migration", metavar="[ID]", default="")
-@json_option
+@output_options
 @command
 def status(settings: Settings, /, *, migration: str) -> int:
     """Show a migration, or all that have not ended, as both sides know them."""
@@ -48,7 +48,7 @@ def status(settings: Settings, /, *, migration: str) -> int:
 
 @click.command()
 @click.argument("migration", metavar="ID")
-@json_option
+@output_options
 @command
 def abort(settings: Settings, /, *, migration: str) -> int:
     """End a migration before its commit point; the container runs on at the source."""
@@ -69,7 +69,7 @@ def abort(settings: Settings, /, *, migration: str) -> int:
     is_flag=True,
     help="The source is switched off and will not come back by itself: the target's copy is to run.",
 )
-@json_option
+@output_options
 @command
 def recover(settings: Settings, /, *, migration: str, source_is_dead: bool) -> int:
     """Settle a migration that was cut off, or all of them: each side is told what the other's journal says."""

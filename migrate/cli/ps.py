@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from migrate.cli.settings import SCHEMA, Settings, command, json_option, run_async
+from migrate.cli.settings import SCHEMA, Settings, command, output_options, run_async
 
 if TYPE_CHECKING:
     from migrate.bridge import Bridge
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("--host", "hosts", multiple=True, metavar="HOST", help="Only this host; may be repeated.")
-@json_option
+@output_options
 @command
 def ps(settings: Settings, /, *, hosts: tuple[str, ...]) -> int:
     """List the containers of all hosts of the inventory."""

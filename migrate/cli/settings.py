@@ -147,14 +147,26 @@ def run_async(function: Callable[[Bridge], Awaitable[T]]) -> T:
         return trio.run(function, bridge)
 
 
-def _set(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+def _json(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
     if value:
         context.obj = replace(context.obj, output="json")
 
 
-def json_option(function: Callable[P, T]) -> Callable[P, T]:
-    """`--json` behind the command as well."""
-    option = click.option(
-        "--json", is_flag=True, expose_value=False, callback=_set, help="One JSON object on standard output."
+def _quiet(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value:
+        context.obj = replace(context.obj, quiet=True)
+
+
+def _verbose(context: click.Context, _parameter: click.Parameter, value: int) -> None:
+    if value:
+        context.obj = replace(context.obj, verbose=context.obj.verbose + value)
+
+
+def output_options(function: Callable[P, T]) -> Callable[P, T]:
+    """The global --json, -q and -v, behind the command as well."""
+    as_json = click.option(
+        "--json", is_flag=True, expose_value=False, callback=_json, help="One JSON object on standard output."
     )
-    return option(function)
+    quiet = click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=_quiet, help="Print errors only.")
+    verbose = click.option("-v", "--verbose", count=True, expose_value=False, callback=_verbose, help="Say more.")
+    return as_json(quiet(verbose(function)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import trio
 
 from migrate.errors import failure_of
+from migrate.events import Warned
 from migrate.phases.session import RETRY_S, Session, ask_even_if_lost
 from protocol import messages as m
 from protocol.errors import InDoubtError, MigrateError, PeerError, RolledBackError
@@ -29,14 +30,14 @@ async def find_out(session: Session, lost: Exception) -> m.CutOverReport:
                 error = RolledBackError(f"the link to the source was lost in the cut-over ({lost}), which undid it")
                 return m.CutOverReport(outcome="rolled-back", error=failure_of(error))
             if source in _TARGET_RUNS_IT:
-                return m.CutOverReport(outcome="running")
+                return _running(session)
             await trio.sleep(RETRY_S)  # the source decides alone, within its freeze budget
     try:
         target = await _state_of(session, Side.TARGET, within_s=REACH_S)
     except MigrateError:
         target = None
     if target in _TARGET_RUNS_IT:
-        return m.CutOverReport(outcome="running")
+        return _running(session)
     if target is State.DISCARDED and source is not State.COMMITTED:
         error = RolledBackError(f"the link to the source was lost in the cut-over ({lost}); the target has discarded")
         return m.CutOverReport(outcome="rolled-back", error=failure_of(error))
@@ -55,6 +56,11 @@ async def _state_of(session: Session, side: Side, *, within_s: float) -> State:
         if status.migration == session.migration and status.side == side.value:
             return State(status.state)
     raise PeerError(f"does not know migration {session.migration}", code="no-such-migration", host=link.name)
+
+
+def _running(session: Session) -> m.CutOverReport:
+    session.tell(Warned(text="the link to the source was lost in the cut-over: the downtime is not known"))
+    return m.CutOverReport(outcome="running")
 
 
 def _word(state: State | None) -> str:

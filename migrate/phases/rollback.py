@@ -12,6 +12,7 @@ from migrate.phases.session import Session, ask_even_if_lost
 from protocol import messages as m
 from protocol.errors import InDoubtError, MigrateError, UsageError
 
+REACH_S = 10.0  # An agent that went away undoes by itself; this is only to hear that it did.
 ABORT_S = 30.0  # Thaw, network back, runtime objects removed: seconds; the agent goes on by itself past this.
 
 Undo = Callable[[Session, str], Awaitable[None]]
@@ -49,7 +50,7 @@ async def abort_both(session: Session, reason: str) -> None:
 async def _abort(session: Session, link: AgentLink, reason: str) -> None:
     ask = m.Abort(migration=session.migration, reason=reason[:1000])
     try:
-        await ask_even_if_lost(session, link, ask, m.Done, within_s=ABORT_S)
+        await ask_even_if_lost(session, link, ask, m.Done, within_s=ABORT_S, reach_s=REACH_S)
     except MigrateError as error:
         if isinstance(error, UsageError) or error.code == "no-such-migration":
             return  # it was never begun there

@@ -34,11 +34,17 @@ class Session:
 
 
 async def ask_even_if_lost(
-    session: Session, link: AgentLink, body: messages.RequestBody, answer: type[R], *, within_s: float
+    session: Session,
+    link: AgentLink,
+    body: messages.RequestBody,
+    answer: type[R],
+    *,
+    within_s: float,
+    reach_s: float | None = None,
 ) -> R:
-    """Ask over `link`, or over a new one if it is lost, again and again for `within_s`. For idempotent requests.
+    """Ask over `link`; if it is lost, over new ones, for `reach_s` (None: until `within_s`). For idempotent requests.
 
-    Raises: PeerError: not reached in time; what the agent answers.
+    Raises: PeerError: no answer in time; what the agent answers.
     """
     last: PeerError | None = None
     with trio.move_on_after(within_s):
@@ -46,11 +52,12 @@ async def ask_even_if_lost(
             return await link.request(body, answer)
         except LinkLostError as lost:
             last = lost
-        while True:
-            try:
-                async with open_link(session.bridge, link.host) as again:
-                    return await again.request(body, answer)
-            except PeerError as error:
-                last = error
-            await trio.sleep(RETRY_S)
+        with trio.move_on_after(reach_s if reach_s is not None else within_s):
+            while True:
+                try:
+                    async with open_link(session.bridge, link.host) as again:
+                        return await again.request(body, answer)
+                except PeerError as error:
+                    last = error
+                await trio.sleep(RETRY_S)
     raise last or PeerError(f"no answer within {within_s:.0f} s", code="no-answer", host=link.name)

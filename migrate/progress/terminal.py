@@ -49,6 +49,7 @@ class Terminal:
         """Draw an event."""
         match event:
             case Started():
+                self._round_bytes = event.memory_bytes  # the first round sends nearly all of it
                 self._print(f"[bold]{event.container}[/] {event.source} -> {event.target}  [dim]{event.migration}[/]")
             case PhaseStarted(phase=phase):
                 self._before = (time.monotonic(), 0)

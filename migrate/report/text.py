@@ -50,7 +50,7 @@ def downtime_bars(parts: Mapping[str, float]) -> list[str]:
 def failure(result: Result) -> str:
     """Why a migration did not complete, and where the container is."""
     where = {
-        Status.ABORTED: f"aborted; {result.container} runs on {result.source}",
+        Status.ABORTED: f"aborted; {result.container} runs on {result.source}" if result.id else "nothing was touched",
         Status.ROLLED_BACK: f"rolled back; {result.container} runs on {result.source}",
         Status.IN_DOUBT: "in doubt",
         Status.FAILED: "not migrated; nothing was touched",

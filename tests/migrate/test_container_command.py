@@ -341,7 +341,8 @@ def test_a_dead_source_is_settled_by_a_target_that_runs_the_container(fakes, mig
     fakes.source.handlers[m.CutOver] = die
     ran = migrate("container", "web1", "--to", "hostB", "--json")
     assert ran.status == 0, ran.err
-    assert "hostA has not cleaned up" in ran.json["warnings"][0]
+    assert "the downtime is not known" in ran.json["warnings"][0]
+    assert "hostA has not cleaned up" in ran.json["warnings"][1]
 
 
 def test_a_dead_source_and_a_target_that_waits_are_in_doubt(fakes, migrate, monkeypatch):

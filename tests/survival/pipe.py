@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 
@@ -11,6 +12,7 @@ from agent.kernel.memory import process_vm_writev
 from protocol.framing import FrameKind
 
 _PIECE_BYTES = 1 << 20
+_PAGE_BYTES = 4096
 
 
 class StreamPipe(threading.Thread):
@@ -76,8 +78,17 @@ class StreamPipe(threading.Thread):
                 raise AssertionError(record)
 
     def _copy(self, task: int, address: int, size_bytes: int) -> None:
-        data = os.pread(self._memory[task], size_bytes, address)
-        if len(data) != size_bytes:
-            raise AssertionError(f"short read at {address:#x}: {len(data)} of {size_bytes}")
-        process_vm_writev(self._pids[task], [(address, size_bytes)], data)
-        self.page_bytes += size_bytes
+        try:
+            data = os.pread(self._memory[task], size_bytes, address)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            data = b""
+        if data:
+            process_vm_writev(self._pids[task], [(address, len(data))], data)
+            self.page_bytes += len(data)
+        if len(data) < size_bytes:
+            # Unmapped since the scan: the next layout will say so. The process runs, but for the last time.
+            skipped = len(data) + _PAGE_BYTES
+            if skipped < size_bytes:
+                self._copy(task, address + skipped, size_bytes - skipped)

@@ -91,4 +91,4 @@ class Injection:
             for slot, (tracee, plan) in zip(self._slots, turn, strict=False):
                 self._start(slot, tracee, plan)
             for _, plan in running:
-                plan.check()
+                plan.check_all()

@@ -94,7 +94,7 @@ class Ports:
         """Look at the service's next frame without taking it away."""
         if not self.service.has_frame():
             try:
-                self.service.fill()
+                self.service._read()
             except PortClosedError as error:
                 raise ServiceGoneError(error.message) from error
 

@@ -6,10 +6,11 @@ thread has its own registers back before anything else is done.
 
 from __future__ import annotations
 
+import contextlib
+import signal
 from dataclasses import dataclass
 
-import msgspec
-
+from agent.arch import current
 from agent.engine.native import sections
 from agent.engine.native.freeze import FrozenProcess
 from agent.engine.native.injection import Injection, scratch_bytes
@@ -19,8 +20,7 @@ from agent.engine.native.tasks.plan import Later
 from agent.engine.native.tasks.procfile import ProcFile
 from agent.engine.native.tracee import Tracee
 from agent.kernel import memory, procfs, ptrace
-from agent.kernel.types import Tid
-from protocol.errors import MigrateError, TaskGoneError, UnsupportedError
+from protocol.errors import KernelError, TaskGoneError, UnsupportedError
 
 
 @dataclass(slots=True)
@@ -32,8 +32,8 @@ class _Thread:
     rseq: rseq.Rseq
     registers: registers.Registers
     pending: signals.PendingSignals
-    attributes: Later[threads.ThreadAttributes]
-    credentials: Later[credentials.Credentials]
+    attributes: Later[threads.ThreadAttributes] | None = None
+    credentials: Later[credentials.Credentials] | None = None
 
 
 class TaskDump:
@@ -97,7 +97,7 @@ class TaskDump:
             self._threads.append(
                 _Thread(
                     tracee=tracee, status=status, rseq=area, registers=registers.dump(tracee),
-                    pending=_pending_of(tracee, status), attributes=_unasked, credentials=_unasked,
+                    pending=_pending_of(tracee, status),
                 )
             )  # fmt: skip
         if timers.count_posix_timers(self._process_files.timers.read()):
@@ -112,7 +112,9 @@ class TaskDump:
             thread.attributes = threads.dump(thread.tracee.tid, name, plan)
             thread.credentials = credentials.dump(thread.status, plan)
         self._attributes = process.dump(self._process_files, leader.status, leader_plan)
-        self._actions = signals.dump_actions(leader_plan)
+        self._actions = signals.dump_actions(
+            leader_plan, trap_is_ignored=bool(leader.status.sig_ignored >> (signal.SIGTRAP - 1) & 1)
+        )
         self._timers = timers.dump(leader_plan)
         self._injection.start(leader_plan, other_plans)
 
@@ -130,14 +132,7 @@ class TaskDump:
         """All of it."""
         return sections.StateSection(
             task=self._task, attributes=self._attributes(), actions=self._actions(), timers=self._timers(),
-            threads=[
-                sections.ThreadState(
-                    tid=thread.status.ns_pid[-1], registers=thread.registers, attributes=thread.attributes(),
-                    credentials=thread.credentials(), rseq=thread.rseq, pending=thread.pending,
-                    scheduling=scheduling.dump(thread.tracee.tid),
-                )
-                for thread in self._threads
-            ],
+            threads=[_state_of(thread) for thread in self._threads],
         )  # fmt: skip
 
     def threads_changed(self) -> list[sections.Section]:
@@ -149,13 +144,22 @@ class TaskDump:
 
     def undo(self) -> None:
         """After an error: no thread may run on in our scratch. `FrozenProcess.thaw` gives the registers back."""
-        if self._remote is not None:
-            remote, self._remote = self._remote, None
+        remote, self._remote = self._remote, None
+        if remote is not None:
+            if self._injection is not None:
+                with contextlib.suppress(KernelError):
+                    self._injection.finish()
             remote.unmap_scratch()
 
 
-def _unasked() -> threads.ThreadAttributes & credentials.Credentials:  # type: ignore[operator]
-    raise AssertionError
+def _state_of(thread: _Thread) -> sections.ThreadState:
+    assert thread.attributes is not None
+    assert thread.credentials is not None
+    return sections.ThreadState(
+        tid=thread.status.ns_pid[-1], registers=thread.registers, attributes=thread.attributes(),
+        credentials=thread.credentials(), rseq=thread.rseq, pending=thread.pending,
+        scheduling=scheduling.dump(thread.tracee.tid),
+    )  # fmt: skip
 
 
 def _rseq_of(tracee: Tracee) -> rseq.Rseq:
@@ -170,7 +174,7 @@ def _rseq_of(tracee: Tracee) -> rseq.Rseq:
             section = memory.process_vm_read(tracee.tid, pointer, rseq.SECTION_BYTES)
             target = rseq.abort_address(section, tracee.saved.program_counter)
             if target is not None:
-                tracee.saved = rseq.jump(tracee.saved, target)
+                tracee.saved = current().jump(tracee.saved, target)
     return record
 
 

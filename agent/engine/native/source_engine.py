@@ -14,12 +14,11 @@ from agent.engine.native import files, sections, tree
 from agent.engine.native.freeze import FrozenProcess, freeze_process
 from agent.engine.native.ports import Ports
 from agent.engine.native.source_dump import TaskDump
-from agent.engine.native.source_layout import SourceLayout
 from agent.engine.native.source_task import SourceTask
 from agent.engine.native.stages import Clock, Deadline
 from agent.network import cut as network_cut
 from protocol.errors import MigrateError, UnsupportedError
-from protocol.messages import RoundReport
+from protocol.messages import Interface, InterfaceAddress, RoundReport
 
 _log = logging.getLogger(__name__)
 
@@ -51,9 +50,10 @@ class SourceEngine:
         if refused:
             raise UnsupportedError(refused[0].message, code=refused[0].code, hint=refused[0].hint)
         self._task = SourceTask(request.pid, tree.INIT_TASK, tcp=request.tcp, storage=request.storage)
+        begin = self._task.begin()
         stop_ms = self._task.arm()
         self._ports.stream.send(self._task.opened())
-        self._send([self._task.begin()])
+        self._send([begin])
         return base.SourceArmed(stop_ms=stop_ms)
 
     def round(self, request: base.SourceRound) -> base.SourceRoundDone:
@@ -67,9 +67,7 @@ class SourceEngine:
         self._send(task.layout.opened_for(scan.ranges))
         for runs in scan.reads(task.number, final=False):
             self._ports.stream.send(runs)
-        if request.round > 0:
-            # In the first the target has nothing yet that could be dropped.
-            self._send(scan.holes(task.number))
+        self._send(scan.holes(task.number))
         flushed = self._flush(_FLUSH_TIMEOUT_S)
         return base.SourceRoundDone(
             report=RoundReport(
@@ -110,7 +108,7 @@ class SourceEngine:
         task.layout.look()
         self._send(task.layout.changed())
         self._send(task.layout.finished())
-        self._send([freeze.dump.threads()])
+        self._send([freeze.dump.threads_section()])
         self._flush(_AHEAD_TIMEOUT_S)
 
     # ------------------------------------------------------------ after it
@@ -163,17 +161,16 @@ class _Freeze:
         self._frozen: FrozenProcess | None = None
         self._files: files.PreparedDump | None = None
         self._cuts: list[network_cut.Cut] = []
-        self._is_cut = False
         self.dump: TaskDump
 
     def prepare(self) -> None:
         """Before anything stops."""
         task = self._task
         for plan in self._request.cut:
-            prepared = network_cut.prepare_cut(plan)
+            prepared = network_cut.prepare_cut(_interface_of(plan), bridge=plan.bridge)
             self._cuts.append(prepared)
-            self._ports.stream.send(base.CapturePackets(), [prepared.capture.fileno()])
-        self._files = files.PreparedDump.prepare(task.pid, task.pidfd, task.tcp)
+            self._ports.stream.send(base.CapturePackets(), [prepared.capture_socket().fileno()])
+        self._files = files.PreparedDump.prepare(task.pid, task.tcp, task.storage)
         self.dump = TaskDump(task.pid, task.number)
 
     def run(self) -> base.SourceDumped:
@@ -185,16 +182,19 @@ class _Freeze:
         clock.part("freeze")
         self._cut()
         clock.part("network cut")
-        self.dump.start(self._frozen, task.layout)
-        clock.part("ask threads")
+        # Before our own scratch is among the areas.
         task.layout.look(in_freeze=True)
+        clock.part("areas")
+        self.dump.start(self._frozen)
+        clock.part("ask threads")
         scan = task.scan_final()
         clock.part("scan")
         self.dump.finish()
         clock.part("answers")
         ports.answer(base.SourceFrozen(monotonic_ns=clock.started_ns, tasks=sorted(self._frozen.tracees)))
         deadline.check()
-        for section in (*task.layout.changed(), *task.layout.opened_for(scan.ranges)):
+        changed = [*self.dump.threads_changed(), *task.layout.changed(), *task.layout.opened_for(scan.ranges)]
+        for section in changed:
             ports.send_section(sections.encode(section))
         for runs in scan.reads(task.number, final=True):
             ports.stream.send(runs)
@@ -206,7 +206,7 @@ class _Freeze:
         clock.part("dump tasks")
         deadline.check()
         assert self._files is not None
-        dumped_files = self._files.dump(self._frozen)
+        dumped_files = self._files.dump()
         clock.part("dump files")
         deadline.check()
         ports.send_section(sections.encode(sections.FilesStateSection(task=task.number, files=dumped_files)))
@@ -214,12 +214,11 @@ class _Freeze:
         clock.part("hand over rest")
         return base.SourceDumped(
             parts=clock.parts, dirty_bytes=scan.dirty_bytes, pids=[state.threads[0].tid],
-            connections=self._files.connections,
-        )
+            connections=sum(isinstance(record, files.TcpConnection) for record in dumped_files.objects),
+        )  # fmt: skip
 
     def _cut(self) -> None:
         for prepared in self._cuts:
-            self._is_cut = True
             prepared.cut()
 
     def broken(self) -> str:
@@ -234,24 +233,36 @@ class _Freeze:
             steps.callback(self._close)
             if self._frozen is not None:
                 steps.callback(self._frozen.thaw)
-            if self._is_cut:
-                for prepared in self._cuts:
+            for prepared in self._cuts:
+                if prepared.is_cut:
                     steps.callback(prepared.uncut)
             if self._files is not None:
                 steps.callback(self._files.undo)
+            if hasattr(self, "dump"):
+                steps.callback(self.dump.undo)
 
     def release(self) -> None:
         """Forget tasks that are dead."""
         if self._frozen is not None:
-            self._frozen.reap()
+            self._frozen.thaw()
         self._close()
 
     def _close(self) -> None:
         for prepared in self._cuts:
             prepared.close()
         self._cuts.clear()
+        if self._files is not None:
+            self._files.close()
+            self._files = None
         if hasattr(self, "dump"):
             self.dump.close()
+
+
+def _interface_of(plan: base.CutPlan) -> Interface:
+    return Interface(
+        name="eth0", mac=plan.macs[0], mtu=0, host_name=plan.host_name, bridge=plan.bridge,
+        addresses=[InterfaceAddress(address=address, prefix=0) for address in plan.addresses],
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

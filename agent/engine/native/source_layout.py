@@ -28,6 +28,7 @@ class SourceLayout:
         self._there = Protections()
         self.areas: list[Area] = []
         self.tracked: list[MemoryArea] = []
+        self.closed: list[MemoryArea] = []  # PROT_NONE: reserves of address space, guards, memory put away
 
     def close(self) -> None:
         """Idempotent."""
@@ -42,7 +43,9 @@ class SourceLayout:
         self._flags = _carried_over(self._flags, self.areas, lines) if in_freeze else read_vm_flags(self._pid)
         self._text = text
         self.areas = memory.areas_of(lines, self._flags)
-        self.tracked = [line for line in lines if memory.is_tracked(line)]
+        travelling = [line for line in lines if memory.is_tracked(line)]
+        self.tracked = [line for line in travelling if line.protection]
+        self.closed = [line for line in travelling if not line.protection]
 
     def changed(self) -> list[sections.Section]:
         """What the target has to map and unmap."""

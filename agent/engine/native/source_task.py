@@ -12,6 +12,7 @@ from agent.engine.native import sections
 from agent.engine.native.source_layout import SourceLayout
 from agent.engine.native.tasks import credentials, vdso
 from agent.engine.native.tasks.memory import Area, AreaKind
+from agent.engine.native.closed_areas import ClosedAreas
 from agent.engine.tracking.base import Run
 from agent.engine.tracking.pagemap_scan import PagemapScanTracker
 from agent.kernel import pidfd, procfs
@@ -94,11 +95,13 @@ class SourceTask:
         self.pidfd = pidfd.pidfd_open(pid)
         self.layout = SourceLayout(pid, number)
         self._tracker = PagemapScanTracker()
+        self._closed = ClosedAreas(pid)
         self._is_scanned = False
 
     def close(self) -> None:
         """Idempotent."""
         self._tracker.close()
+        self._closed.close()
         self.layout.close()
         if self.pidfd >= 0:
             os.close(self.pidfd)
@@ -125,17 +128,20 @@ class SourceTask:
     def scan(self) -> Found:
         """What has changed since the last scan; watched afresh."""
         scan = self._tracker.scan_round(self.layout.tracked)
+        closed, emptied = self._closed.scan(self.layout.closed)
         # In the first round the target has nothing yet that could be dropped.
-        dropped = scan.holes if self._is_scanned else []
+        dropped = [*scan.holes, *emptied] if self._is_scanned else []
         self._is_scanned = True
-        return Found(scan.copy, dropped, _segments_of(self.layout.areas))
+        return Found(sorted([*scan.copy, *closed]), dropped, _segments_of(self.layout.areas))
 
     def scan_final(self) -> Found:
         """What has changed, in the freeze; after a roll-back it will be found again."""
         if not self._is_scanned:
             # Nothing was ever copied: the slow scan, which tells what is there from what never was.
             return self.scan()
-        return Found(self._tracker.scan_final(self.layout.tracked), [], _segments_of(self.layout.areas))
+        closed, emptied = self._closed.scan(self.layout.closed)
+        written = self._tracker.scan_final(self.layout.tracked)
+        return Found(sorted([*written, *closed]), emptied, _segments_of(self.layout.areas))
 
     def dirty_bytes(self) -> int:
         """What would have to be sent now."""

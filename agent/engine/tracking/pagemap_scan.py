@@ -106,7 +106,7 @@ class PagemapScanTracker:
         copies: list[Regions] = []
         holes: list[Regions] = []
         for group in _contiguous(areas):
-            for area, regions in self._scan_group(group, _RE_ARM):
+            for area, regions, _ in self._scan_group(group, _RE_ARM):
                 _sort_out(area, regions, copies, holes)
         return Scan(_runs(copies), _runs(holes), list(self._untracked.values()))
 
@@ -124,22 +124,26 @@ class PagemapScanTracker:
                         raise
             # An area that is new since the last round is in the group: everything in it is to be sent.
             ignored: list[Regions] = []
-            for area, regions in self._scan_group(group, pagemap.PM_SCAN_CHECK_WPASYNC):
-                _sort_out(area, regions, copies, ignored)
+            for area, regions, is_new in self._scan_group(group, pagemap.PM_SCAN_CHECK_WPASYNC):
+                if is_new:
+                    _sort_out(area, regions, copies, ignored)
+                else:
+                    # Dropped pages too, as on the fast path: the target has the contents from before.
+                    copies.append(regions)
         return self._without_guards(_runs(copies))
 
-    def _scan_group(self, group: Sequence[MemoryArea], flags: int) -> Iterator[tuple[MemoryArea, Regions]]:
-        """Each watchable area with its written regions. Areas that are not watched yet are registered on the way."""
+    def _scan_group(self, group: Sequence[MemoryArea], flags: int) -> Iterator[tuple[MemoryArea, Regions, bool]]:
+        """Each watchable area with its written regions and whether it is new. Areas that are not watched yet are registered on the way."""
         for area in group:
             if self._is_untracked(area):
                 continue
             try:
-                yield area, self._scan_area(area, flags)
+                yield area, self._scan_area(area, flags), False
             except KernelError as error:
                 if error.errno != errno.EPERM:
                     raise
                 if self._register(area):
-                    yield area, self._scan_area(area, flags)
+                    yield area, self._scan_area(area, flags), True
 
     def _scan_area(self, area: MemoryArea, flags: int) -> Regions:
         return pagemap.scan(

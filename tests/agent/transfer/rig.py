@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from agent import ipc
 from agent.engine import base
@@ -31,7 +32,8 @@ if fill != "empty":
     step = 1 << 20
     for at in range(0, size, step):
         part = min(step, size - at)
-        ctypes.memmove(address + at, os.urandom(part) if fill == "random" else bytes([65 + at // step % 26]) * part, part)
+        content = os.urandom(part) if fill == "random" else bytes([65 + at // step % 26]) * part
+        ctypes.memmove(address + at, content, part)
 print("ready", flush=True)
 for line in sys.stdin:
     exec(line)
@@ -43,7 +45,7 @@ for line in sys.stdin:
 class Victim:
     """A process with one anonymous area at a known address."""
 
-    process: subprocess.Popen
+    process: subprocess.Popen[Any]
     size: int
 
     @classmethod
@@ -53,6 +55,8 @@ class Victim:
             [sys.executable, "-c", _VICTIM, str(ADDRESS), str(size), fill],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
             assert process.stdout.readline() == b"ready\n"
             yield cls(process, size)
@@ -68,27 +72,29 @@ class Victim:
 
     @property
     def start_time(self) -> int:
-        with open(f"/proc/{self.pid}/stat", "rb") as stat:
+        with Path(f"/proc/{self.pid}/stat").open("rb") as stat:
             return int(stat.read().rpartition(b")")[2].split()[19])
 
     def run(self, line: str) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.write(line.encode() + b"\n")
         self.process.stdin.flush()
         assert self.process.stdout.readline() == b"done\n"
 
     def read(self, offset: int = 0, size: int | None = None) -> bytes:
-        with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as mem:
+        with Path(f"/proc/{self.pid}/mem").open("rb", buffering=0) as mem:
             mem.seek(ADDRESS + offset)
             return mem.read(self.size if size is None else size)
 
     def write(self, offset: int, data: bytes) -> None:
-        with open(f"/proc/{self.pid}/mem", "r+b", buffering=0) as mem:
+        with Path(f"/proc/{self.pid}/mem").open("r+b", buffering=0) as mem:
             mem.seek(ADDRESS + offset)
             assert mem.write(data) == len(data)
 
     def resident(self) -> int:
         """Pages of the area that are present."""
-        with open(f"/proc/{self.pid}/pagemap", "rb", buffering=0) as pagemap:
+        with Path(f"/proc/{self.pid}/pagemap").open("rb", buffering=0) as pagemap:
             pagemap.seek(ADDRESS // 4096 * 8)
             entries = memoryview(pagemap.read(self.size // 4096 * 8)).cast("Q")
             return sum(entry >> 63 for entry in entries)
@@ -156,7 +162,7 @@ class Pair:
 
     def listen(self, **changes):
         key = self.source.ask(base.StreamMakeKey())
-        request = dict(
+        request: dict[str, Any] = dict(
             address="127.0.0.1", ports=PORTS, client_public_key=key.public_key, peer_address="127.0.0.1",
             migration=MIGRATION, epoch=1,
         )  # fmt: skip
@@ -166,7 +172,7 @@ class Pair:
 
     def connect(self, **changes):
         """The source's answer."""
-        request = dict(
+        request: dict[str, Any] = dict(
             address="127.0.0.1", port=self.port, host_key=self.host_key, migration=MIGRATION, epoch=1, compress="none",
             bandwidth=0,
         )  # fmt: skip
@@ -186,10 +192,8 @@ class Pair:
         assert self.target.engine.receive(TIMEOUT_S).payload == b"opened"
         self.target.engine.send(base.SectionApplied())
 
-    def copy(self, size: int, *, anonymous: bool = True, final: bool = False, number: int = 1) -> base.Flushed:
-        self.source.engine.send(
-            base.ReadRuns(task=1, starts=[ADDRESS], sizes=[size], anonymous=anonymous, final=final)
-        )
+    def copy(self, size: int, *, anonymous: bool = True, final: bool = False, number: int = 1) -> Any:
+        self.source.engine.send(base.ReadRuns(task=1, starts=[ADDRESS], sizes=[size], anonymous=anonymous, final=final))
         return self.flush(number)
 
     def flush(self, number: int = 1):
@@ -197,15 +201,13 @@ class Pair:
         return self.source.hear_engine()
 
 
-def kill(process: subprocess.Popen) -> None:
+def kill(process: subprocess.Popen[Any]) -> None:
     os.kill(process.pid, signal.SIGKILL)
 
 
 def connection_count(port: int) -> int:
     """Established connections to a port of 127.0.0.1."""
-    with open("/proc/net/tcp") as table:
-        return sum(f"0100007F:{port:04X} " in line.split(": ")[1][:14] and " 01 " in line for line in table if ":" in line)
-
-
-def free_socket() -> socket.socket:
-    return socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    with Path("/proc/net/tcp").open() as table:
+        return sum(
+            f"0100007F:{port:04X} " in line.split(": ")[1][:14] and " 01 " in line for line in table if ":" in line
+        )

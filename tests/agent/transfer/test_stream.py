@@ -6,6 +6,7 @@ import os
 import random
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
@@ -324,8 +325,7 @@ def test_a_lost_engine_is_reported(pair):
 
 
 def test_pages_and_keys_stay_out_of_core_files(pair):
-    with open(f"/proc/{pair.source.process.pid}/limits") as limits:
-        pair.source.ask(base.StreamMakeKey())
-        limits.seek(0)
-        core = next(line for line in limits if "core file" in line)
+    pair.source.ask(base.StreamMakeKey())
+    limits = Path(f"/proc/{pair.source.process.pid}/limits").read_text()
+    core = next(line for line in limits.splitlines() if "core file" in line)
     assert core.split()[4:6] == ["0", "0"]

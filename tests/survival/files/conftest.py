@@ -40,7 +40,7 @@ def move(puppets):
     """Dump one puppet, restore into a new one."""
 
     def move(source: Puppet, **options) -> Puppet:
-        target = puppets()
+        target: Puppet = puppets()
         restore(dump(source, **options), target)
         return target
 

@@ -84,7 +84,9 @@ def test_memory_devices_are_opened_again(puppets, move):
 def test_bytes_left_in_a_pipe_survive(puppets, move):
     source = puppets()
     reader, writer = source.run("os.pipe()")
-    source.run(f"fcntl.fcntl({writer}, 1031, 1 << 18); os.write({writer}, b'abc' * 40000); os.set_blocking({reader}, False)")
+    source.run(
+        f"fcntl.fcntl({writer}, 1031, 1 << 18); os.write({writer}, b'abc' * 40000); os.set_blocking({reader}, False)"
+    )
     target = move(source)
     assert target.run(f"fcntl.fcntl({reader}, 1032)") == 1 << 18
     assert target.run(f"os.get_blocking({reader})") is False

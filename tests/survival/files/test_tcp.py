@@ -32,7 +32,9 @@ class Story:
         self.source = puppets(namespace=lan.path("source"))
         self.peer = puppets(namespace=lan.path("peer"))
         self.target = puppets(namespace=lan.path("target"))
-        self.source.run(f"l = socket.socket({family}); l.setsockopt(1, 2, 1); l.bind(({self.host!r}, 7000)); l.listen(9)")
+        self.source.run(
+            f"l = socket.socket({family}); l.setsockopt(1, 2, 1); l.bind(({self.host!r}, 7000)); l.listen(9)"
+        )
         self.peer.run(f"c = socket.create_connection(({self.host!r}, 7000))")
         self.source.run("s, _ = l.accept()")
         self.fd = self.source.run("s.fileno()")
@@ -203,7 +205,8 @@ def test_options_survive_on_connection_and_listener(lan, puppets):
     assert story.target.run("l.getsockopt(6, 9)") == wait
     assert story.target.run("l.getsockopt(1, 15)") == 1
     assert (
-        story.target.run("[s.getsockopt(1, n) for n in (7, 8, 72)] + [l.getsockopt(1, n) for n in (7, 8, 72)]") == buffers
+        story.target.run("[s.getsockopt(1, n) for n in (7, 8, 72)] + [l.getsockopt(1, n) for n in (7, 8, 72)]")
+        == buffers
     )
     story.target.run("l.setsockopt(6, 9, 0)")
     story.peer.run(f"d = socket.create_connection(({story.host!r}, 7000))")

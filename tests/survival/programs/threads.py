@@ -2,7 +2,6 @@
 
 import os
 import select
-import socket
 import sys
 import threading
 import time
@@ -42,7 +41,7 @@ def poller(index, readable):
 def reader(index, end):
     expected = 0
     while True:
-        data = end.recv(4)
+        data = os.read(end, 4)
         if int.from_bytes(data, "big") != expected:
             failed.append(f"thread {index} wanted {expected}, got {data!r}")
         expected += 1
@@ -58,7 +57,7 @@ def guarded(index, function, *arguments):
 
 condition = threading.Condition()
 writers = []
-sockets = []
+pipes = []
 for index in range(50):
     kind = index % 4
     if kind == 0:
@@ -70,8 +69,8 @@ for index in range(50):
         writers.append(writable)
         arguments = (poller, readable)
     else:
-        ours, theirs = socket.socketpair()
-        sockets.append(ours)
+        theirs, ours = os.pipe()
+        pipes.append(ours)
         arguments = (reader, theirs)
     threading.Thread(target=guarded, args=(index, *arguments), daemon=True).start()
 
@@ -83,8 +82,8 @@ while True:
         condition.notify_all()
     for writable in writers:
         os.write(writable, b"x")
-    for ours in sockets:
-        ours.send(round_number.to_bytes(4, "big"))
+    for ours in pipes:
+        os.write(ours, round_number.to_bytes(4, "big"))
     round_number += 1
     if round_number % 10 == 0:
         now = sorted(int(name) for name in os.listdir("/proc/self/task"))

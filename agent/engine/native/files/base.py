@@ -13,6 +13,8 @@ from typing import Protocol
 import msgspec
 
 from agent.engine.native.files.socket_options import Address, Buffers, Option, Template
+from agent.engine.native.files.unix_diag import UnixDiag
+from agent.kernel.namespaces import in_network_namespace
 from agent.kernel.openat2 import open_in_root, open_root_of
 from agent.kernel.pidfd import pidfd_getfd, pidfd_open
 from agent.kernel.procfs import read_link, read_namespace_pids, read_proc
@@ -112,7 +114,9 @@ class Scope:
     files: list[OpenFile] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     _taken: dict[int, int] = field(default_factory=dict)  # by OpenFile.id
+    socket_inodes: frozenset[int] = frozenset()
     _sockets: dict[int, HeldSocket] = field(default_factory=dict)  # by inode
+    _unix_diag: UnixDiag | None = None
 
     @classmethod
     def open(cls, pid: int, tcp_mode: str, storage: str) -> Scope:
@@ -128,6 +132,18 @@ class Scope:
             root_path=read_link(f"/proc/{pid}/root"),
             mount_ids=read_mount_ids(pid),
         )
+
+    def set_files(self, files: list[OpenFile]) -> None:
+        """The table as it was just read."""
+        self.files = files
+        self.socket_inodes = frozenset(file.inode for file in files if file.kind == stat.S_IFSOCK)
+
+    def unix_diag(self) -> UnixDiag:
+        """Questions about the unix sockets of the process's network namespace."""
+        if self._unix_diag is None:
+            with in_network_namespace(f"/proc/{self.pid}/ns/net"):
+                self._unix_diag = UnixDiag()
+        return self._unix_diag
 
     def take(self, file: OpenFile) -> int:
         """Our own descriptor of that very open file; closed by `release`. Raises: KernelError."""
@@ -176,6 +192,9 @@ class Scope:
     def close(self) -> None:
         """Close everything; idempotent."""
         self.release()
+        if self._unix_diag is not None:
+            self._unix_diag.close()
+            self._unix_diag = None
         for fd in (self.pidfd, self.root_fd):
             if fd >= 0:
                 os.close(fd)
@@ -213,7 +232,7 @@ class Scope:
 class Remote(Protocol):
     """System calls in the target's process; `agent.engine.native.remote.RemoteSyscalls` is the real one."""
 
-    def batch(self, calls: Sequence[Sequence[int]], keep_going: bool = False) -> list[int]:  # noqa: FBT001, FBT002
+    def batch(self, calls: Sequence[Sequence[int]], keep_going: bool = False) -> list[int]:
         """Make them all. Raises: KernelError: the first that failed."""
 
     def place(self, data: bytes) -> int:

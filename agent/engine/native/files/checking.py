@@ -34,7 +34,7 @@ def check(context: CheckContext) -> FilesCheck:
     """Every refusal at once. Raises: TaskGoneError, KernelError."""
     scope = Scope.open(context.pid, context.tcp_mode, context.storage)
     try:
-        scope.files = read_table(scope)
+        scope.set_files(read_table(scope))
         refusals: list[Refusal] = []
         paths: set[str] = set()
         connections = 0

@@ -36,10 +36,11 @@ class PreparedDump:
         scope = Scope.open(pid, tcp_mode, storage)
         try:
             template = Template()
+            scope.unix_diag()
             with in_network_namespace(f"/proc/{pid}/ns/net"):
                 template.prepare()
             made = cls(scope, template)
-            scope.files = read_table(scope)
+            scope.set_files(read_table(scope))
             for file in scope.files:
                 made._prepare_running(file)
             scope.release_files()
@@ -55,7 +56,7 @@ class PreparedDump:
         """
         scope = self._scope
         before = {(file.fd, file.link) for file in scope.files}
-        scope.files = reread_table(scope, scope.files)
+        scope.set_files(reread_table(scope, scope.files))
         objects = [self._dump_one(file, is_new=(file.fd, file.link) not in before) for file in scope.files]
         scope.release_files()
         self._connections = sum(isinstance(record, tcp.TcpConnection) for record in objects)

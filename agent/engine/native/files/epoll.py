@@ -40,7 +40,7 @@ def matches(file: OpenFile, scope: Scope) -> bool:  # noqa: ARG001 - the interfa
 
 
 def _parse(line: str) -> tuple[EpollEntry, int]:
-    """An entry and the inode of what it watches.   Source: proc_pid_fdinfo(5): tfd: N events: X data: X pos: ino:X sdev:X."""
+    """An entry and the inode of what it watches.   Source: proc_pid_fdinfo(5), `tfd: N events: X data: X pos: ino:X`."""
     words = line.replace(":", " ").split()
     values = dict(zip(words[::2], words[1::2], strict=True))
     entry = EpollEntry(target=int(values["tfd"]), events=int(values["events"], 16), data=int(values["data"], 16))

@@ -12,6 +12,8 @@ import select
 import stat
 import termios
 
+import msgspec
+
 from agent.engine.native.files import stdio
 from agent.engine.native.files.base import ObjectRecord, OpenFile, Scope, Workshop, set_flags, status_flags
 from agent.engine.native.files.calls import tee
@@ -24,7 +26,7 @@ class PipeEnd(ObjectRecord, frozen=True, kw_only=True, tag="pipe"):
 
     pipe: int  # inode on the source: identity only
     capacity: int  # bytes
-    contents: list[bytes] = []
+    contents: list[bytes] = msgspec.field(default_factory=list)
     has_contents: bool = False
     writers: bool  # whether anybody still holds the other ends, in the process
     readers: bool

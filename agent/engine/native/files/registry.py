@@ -17,6 +17,7 @@ from agent.engine.native.files import (
     tcp_listen,
     tcp_restore,
     timerfd,
+    unix_sockets,
     unsupported,
 )
 from agent.engine.native.files.base import Kind, ObjectRecord, OpenFile, Scope, SocketKind, Workshop
@@ -30,10 +31,11 @@ from agent.engine.native.files.stdio import ExternalStdio
 from agent.engine.native.files.tcp import TcpClosed, TcpConnection
 from agent.engine.native.files.tcp_listen import TcpListener
 from agent.engine.native.files.timerfd import TimerFd
+from agent.engine.native.files.unix_sockets import UnixSocket
 
 ObjectOnWire = (
     RegularFile | MemoryDevice | ExternalStdio | PipeEnd | EventFd | TimerFd | SignalFd | Epoll
-    | TcpListener | TcpConnection | TcpClosed
+    | TcpListener | TcpConnection | TcpClosed | UnixSocket
 )  # fmt: skip
 
 # The first that matches has it; the last matches all.
@@ -41,7 +43,7 @@ _KINDS: tuple[Kind, ...] = (
     devices, pipes, eventfd, timerfd, signalfd, epoll, stdio, regular_files, unsupported,
 )  # fmt: skip
 # Asked first for every socket: much of them is read before the freeze.
-_SOCKET_KINDS: tuple[SocketKind, ...] = (tcp_listen, tcp)
+_SOCKET_KINDS: tuple[SocketKind, ...] = (tcp_listen, tcp, unix_sockets)
 
 _RESTORE: dict[type[ObjectRecord], Callable[[Any, Workshop], int]] = {
     RegularFile: regular_files.restore,

@@ -6,13 +6,14 @@ import os
 from dataclasses import dataclass, field
 
 from agent.engine.base import RepairedSocket
-from agent.engine.native.files import registry, tcp_restore
+from agent.engine.native.files import registry, tcp_restore, unix_restore
 from agent.engine.native.files.base import ObjectRecord, Remote, Workshop
 from agent.engine.native.files.epoll import EPOLL_CTL_ADD, Epoll, pack_event
 from agent.engine.native.files.passing import place_descriptors
 from agent.engine.native.files.section import FilesSection
 from agent.engine.native.files.tcp import TcpConnection
 from agent.engine.native.files.tcp_listen import TcpListener
+from agent.engine.native.files.unix_sockets import UnixSocket
 from agent.kernel.namespaces import in_network_namespace
 from agent.kernel.openat2 import open_root_of
 from agent.kernel.pidfd import pidfd_getfd, pidfd_open
@@ -22,7 +23,7 @@ from protocol.errors import KernelError, RemoteProtocolError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoreContext:
-    """`remote`: system calls in the stopped process. `stdio`: role (0 stdin, 1 stdout, 2 stderr) -> its number there."""
+    """`remote`: system calls in the stopped process. `stdio`: role (0, 1, 2) -> its number there."""
 
     pid: int  # host pid
     remote: Remote
@@ -50,7 +51,9 @@ def restore(section: FilesSection, context: RestoreContext, workshop: Workshop |
         with in_network_namespace(context.network_namespace or f"/proc/{context.pid}/ns/net"):
             # Listeners first: a connection in repair mode binds beside anything, a listener does not.
             for record in sorted(section.objects, key=_order):
-                workshop.made[record.id] = registry.restore_object(record, workshop)
+                if not isinstance(record, UnixSocket):
+                    workshop.made[record.id] = registry.restore_object(record, workshop)
+            unix_restore.restore_all([record for record in section.objects if isinstance(record, UnixSocket)], workshop)
         _place(section, context, workshop)
     finally:
         workshop.close()

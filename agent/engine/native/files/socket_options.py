@@ -1,4 +1,4 @@
-"""Options of internet sockets: read as what differs from a fresh socket of the same namespace, set as they were read."""
+"""Options of sockets: read as what differs from a fresh one of the same namespace, set as they were read."""
 
 from __future__ import annotations
 
@@ -47,6 +47,11 @@ _SOCKET_OPTIONS = {
     44: 4,  # SO_LOCK_FILTER
     46: 4,  # SO_BUSY_POLL
     60: 4,  # SO_ZEROCOPY
+}
+_UNIX_OPTIONS = {
+    16: 4,  # SO_PASSCRED
+    76: 4,  # SO_PASSPIDFD
+    SO_PEEK_OFF: 4,
 }
 # linux/in.h
 _IP_OPTIONS = {
@@ -172,6 +177,8 @@ class Buffers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 def _names(family: int, protocol: int) -> dict[tuple[int, int], int]:
     names = {(_SO, name): size for name, size in _SOCKET_OPTIONS.items()}
+    if family == socket.AF_UNIX:
+        return names | {(_SO, name): size for name, size in _UNIX_OPTIONS.items()}
     is_tcp = protocol == socket.IPPROTO_TCP
     v4 = _IP_OPTIONS if is_tcp else _IP_OPTIONS | _IP_MULTICAST
     v6 = _IPV6_OPTIONS if is_tcp else _IPV6_OPTIONS | _IPV6_MULTICAST
@@ -206,6 +213,8 @@ class Template:
                     continue  # a host without IPv6 has no socket of it to compare with either
                 with fresh:
                     self._fresh[family, protocol] = dict(_read_all(fresh, family, protocol))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as fresh:
+            self._fresh[socket.AF_UNIX, 0] = dict(_read_all(fresh, socket.AF_UNIX, 0))
 
     def differing(self, sock: socket.socket, family: int, protocol: int) -> list[Option]:
         """The options of `sock` that a fresh socket would not have."""

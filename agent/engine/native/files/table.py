@@ -122,7 +122,7 @@ def reread_table(scope: Scope, before: list[OpenFile]) -> list[OpenFile]:
 
 
 def read_flags(pid: int, number: int) -> int:
-    """Flags with O_CLOEXEC: the second line of fdinfo, `flags:\tOCTAL`."""
+    r"""Flags with O_CLOEXEC: the second line of fdinfo, `flags:\tOCTAL`."""
     text = read_small(f"/proc/{pid}/fdinfo/{number}")
     start = text.index(b"flags:") + 6
     return int(text[start : text.index(b"\n", start)], 8)

@@ -213,7 +213,7 @@ def dump(file: OpenFile, scope: Scope, prepared: PreparedSocket) -> TcpConnectio
     if state == State.CLOSE:
         if _is_finished(prepared.held.sock):
             raise TransientStateError(
-                f"process {scope.container_pid}, fd {file.fd}: its connection has just ended, the program has not seen it"
+                f"process {scope.container_pid}, fd {file.fd}: its connection has just ended, unseen by the program"
             )
         return TcpClosed(
             id=file.id,

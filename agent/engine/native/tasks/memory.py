@@ -261,14 +261,3 @@ class _Cursor:
         if self._index < len(self._areas) and self._areas[self._index].start <= address:
             return self._areas[self._index]
         return None
-
-
-def free_range(size_bytes: int, lowest: int, *occupied: Iterable[tuple[int, int]]) -> int:
-    """The lowest address from `lowest` on where `size_bytes` are free in all lists of (start, end)."""
-    address = lowest
-    for start, end in sorted(itertools.chain(*occupied)):
-        if start >= address + size_bytes:
-            break
-        if end > address:
-            address = -(-end // PAGE_BYTES) * PAGE_BYTES
-    return address

@@ -121,7 +121,12 @@ class CallPlan:
         for (answer, _, _), result in zip(self._answers, results, strict=True):
             answer.give(result)
 
-    def check(self) -> None:
+    def load(self, results: list[int], memory: bytes) -> None:
+        """As `keep`. Raises: KernelError: a call that must succeed failed."""
+        self.keep(results, memory)
+        self.check_all()
+
+    def check_all(self) -> None:
         """Raises: KernelError: a call that must succeed failed."""
         for answer, must, arguments in self._answers:
             if must and answer.errno:

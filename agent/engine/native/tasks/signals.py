@@ -37,8 +37,11 @@ class PendingSignals(Record, kw_only=True):
     private: list[bytes] = []
 
 
-def dump_actions(plan: CallPlan) -> Later[SignalActions]:
-    """Plan the questions, for any one thread of the process."""
+def dump_actions(plan: CallPlan, *, trap_is_ignored: bool) -> Later[SignalActions]:
+    """Plan the questions, for any one thread of the process.
+
+    `trap_is_ignored`: as it was before any injection, whose traps make an ignored SIGTRAP the default.
+    """
     where = plan.reserve(ACTION_BYTES * len(SIGNALS))
     for index, number in enumerate(SIGNALS):
         plan.must("rt_sigaction", SYS.rt_sigaction, number, 0, where + index * ACTION_BYTES, SIGSET_BYTES)
@@ -48,6 +51,8 @@ def dump_actions(plan: CallPlan) -> Later[SignalActions]:
         found = {
             number: data[index * ACTION_BYTES : (index + 1) * ACTION_BYTES] for index, number in enumerate(SIGNALS)
         }
+        if trap_is_ignored:
+            found[signal.SIGTRAP] = _SIG_IGN + found[signal.SIGTRAP][len(_SIG_IGN) :]
         found = {number: action for number, action in found.items() if action != _DEFAULT}
         return SignalActions(numbers=list(found), actions=list(found.values()))
 
