@@ -32,7 +32,7 @@ _verbose = click.option("-v", "--verbose", is_flag=True, help="log more")
 
 
 def _start_logging(*, verbose: bool) -> None:
-    import logging  # noqa: PLC0415  (keeps --help fast)
+    import logging
 
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO, stream=sys.stderr,
@@ -46,10 +46,10 @@ def _start_logging(*, verbose: bool) -> None:
 @_verbose
 def serve(config: Path | None, verbose: bool) -> None:
     """Listen for coordinators until told to stop."""
-    import asyncio  # noqa: PLC0415
-    import signal  # noqa: PLC0415
+    import asyncio
+    import signal
 
-    from agent import host, server, settings  # noqa: PLC0415
+    from agent import host, server, settings
 
     _start_logging(verbose=verbose)
 
@@ -71,9 +71,9 @@ def serve(config: Path | None, verbose: bool) -> None:
 @_verbose
 def stdio(config: Path | None, verbose: bool) -> None:
     """One session over stdin and stdout."""
-    import asyncio  # noqa: PLC0415
+    import asyncio
 
-    from agent import host, server, settings  # noqa: PLC0415
+    from agent import host, server, settings
 
     _start_logging(verbose=verbose)
     asyncio.run(server.serve_stdio(host.open_host(settings.load(config))))
@@ -84,9 +84,9 @@ def stdio(config: Path | None, verbose: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="the whole report as one JSON object")
 def doctor(config: Path | None, as_json: bool) -> None:
     """Say what this host can do, and what it lacks."""
-    import msgspec  # noqa: PLC0415
+    import msgspec
 
-    from agent import host, hostreport, settings  # noqa: PLC0415
+    from agent import host, hostreport, settings
 
     report = hostreport.collect(host.open_host(settings.load(config)))
     if as_json:

@@ -38,7 +38,7 @@ class Found:
 
 def find(runtimes: Sequence[Runtime], name: str) -> Found:
     """The container called `name`. Raises: UnsupportedError: there is none, or two runtimes have one."""
-    hits = [Found(runtime, item) for runtime in runtimes for item in runtime.list() if item.name == name]
+    hits = [Found(runtime, item) for runtime in runtimes for item in runtime.containers() if item.name == name]
     if not hits:
         raise UnsupportedError(
             f"there is no container {name}", code="no-such-container", hint="migrate ps lists what runs where"
@@ -53,7 +53,7 @@ def summarize(runtimes: Sequence[Runtime]) -> list[ContainerSummary]:
     """All containers; memory and processes are those of the init's process tree."""
     out = []
     for runtime in runtimes:
-        for item in runtime.list():
+        for item in runtime.containers():
             memory, processes = _tree_size(item.pid) if item.status in {"running", "paused"} else (0, 0)
             out.append(
                 ContainerSummary(

@@ -155,7 +155,7 @@ def collect(host: Host) -> HostReport:
     for runtime in host.runtimes:
         try:
             runtimes.append(RuntimeInfo(kind=runtime.kind, version=runtime.version(), root=runtime.root))
-            names += [item.name for item in runtime.list()]
+            names += [item.name for item in runtime.containers()]
         except MigrateError as error:
             features[f"runtime_{runtime.kind}"] = False
             notes[f"runtime_{runtime.kind}"] = error.message

@@ -19,7 +19,7 @@ from agent import undo
 from agent.engine import base
 from agent.engine.native import files as engine_files
 from agent.host import Host
-from agent.journal import Entry
+from agent.journal import Entry, Undo
 from agent.kernel import pidfd
 from agent.kernel.freezer import Freezer
 from agent.network import build, cut
@@ -131,12 +131,12 @@ async def _remove_source_copy(facts: Mapping[str, Any]) -> None:
     await asyncio.to_thread(forget_source_network, facts)
 
 
-def undo_of_committed(facts: Mapping[str, Any]) -> list[undo.Undo]:
+def undo_of_committed(facts: Mapping[str, Any]) -> list[Undo]:
     """How a frozen source that was committed is taken back into service, after the target discarded."""
     return [
         undo.thaw(facts["freezer"]),
         undo.repair_off(facts["pids"]),
-        *(undo.Undo("uncut", names) for names in facts["cuts"]),
+        *(Undo("uncut", names) for names in facts["cuts"]),
     ]
 
 
@@ -191,9 +191,7 @@ async def settle_target(host: Host, migration: str, peer_state: State | None, *,
         if committed:
             host.journal.move(migration, Side.TARGET, Event.COMMIT, clear_undo=True)
         else:
-            host.journal.move(
-                migration, Side.TARGET, Event.SOURCE_IS_DEAD, clear_undo=True, epoch=entry.epoch + 1
-            )
+            host.journal.move(migration, Side.TARGET, Event.SOURCE_IS_DEAD, clear_undo=True, epoch=entry.epoch + 1)
         await asyncio.to_thread(run_target, entry.facts)
         return host.journal.move(migration, Side.TARGET, Event.CLEANED)
     if entry.state in {State.RUNNING, State.FORCED}:
@@ -221,7 +219,7 @@ async def settle_at_start(host: Host) -> list[str]:
             continue
         try:
             said.append(await _settle_one(host, entry))
-        except MigrateError as error:
+        except (MigrateError, OSError) as error:
             said.append(f"{entry.migration}: {error}")
     return [line for line in said if line]
 

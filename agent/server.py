@@ -52,7 +52,7 @@ async def serve(host: Host) -> None:
 def _check_keys(settings: Settings) -> None:
     for key, path, hint in (
         ("host_key", settings.host_key, f"make one: ssh-keygen -t ed25519 -N '' -f {settings.host_key}"),
-        ("authorized_keys", settings.authorized_keys, "a file as for sshd: the public keys of those who may move containers"),
+        ("authorized_keys", settings.authorized_keys, "as for sshd: the public keys of those who may move containers"),
     ):
         if not Path(path).is_file():
             raise UsageError(f"{key} = {path!r} is not there", hint=hint)
@@ -76,15 +76,16 @@ async def _serve_process(service: Service, process: asyncssh.SSHServerProcess[by
         process.stderr.write(f"migrate-role={role!r} of this key is none of {', '.join(ROLES)}\n".encode())
         process.exit(1)
         return
-    peer = process.get_extra_info("peername")
+    # None when the connection was lost meanwhile.
+    address = str((process.get_extra_info("peername") or ("unknown",))[0])
     session = Session(
-        service, write=process.stdout.write, role=role, peer=f"{connection.get_extra_info('username')}@{peer[0]}",
-        peer_address=str(peer[0]),
+        service, write=process.stdout.write, role=role, peer=f"{connection.get_extra_info('username')}@{address}",
+        peer_address=address,
     )  # fmt: skip
     try:
         await session.run(lambda: process.stdin.read(_READ_BYTES))
     except (asyncssh.Error, OSError) as error:
-        _log.info("%s: %s", peer[0], error)
+        _log.info("%s: %s", address, error)
     finally:
         process.exit(0)
 

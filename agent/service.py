@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from agent import containers, hostreport, reclaim
 from agent.host import Host
@@ -20,6 +20,8 @@ from protocol.negotiation import choose_version
 from protocol.states import Side, State, may_abort
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SUBSYSTEM = "migrate-agent"
 SOFTWARE = "migrate-agent 0.1"
@@ -225,7 +227,7 @@ class Session:
         migration = TargetMigration(self._host, body, self._coordinator)
         return await self._start(migration, migration.prepare(""))
 
-    async def _start(self, migration: Migration, coming: Awaitable[Any]) -> Any:
+    async def _start(self, migration: Migration, coming: Awaitable[T]) -> T:
         self._service.add(migration)
         self._mine.append(migration)
         try:

@@ -20,7 +20,7 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     pass
 
 
-class RuntimeSettings(_Section):
+class RuntimeSettings(_Section, frozen=True, kw_only=True):
     """One OCI runtime and where it keeps its state."""
 
     kind: Literal["runc", "crun"]
@@ -28,13 +28,13 @@ class RuntimeSettings(_Section):
     binary: str = ""
 
 
-class NetworkSettings(_Section):
+class NetworkSettings(_Section, frozen=True, kw_only=True):
     """Where the host end of a container's veth goes."""
 
     bridge: str = ""
 
 
-class Settings(_Section, kw_only=True):
+class Settings(_Section, frozen=True, kw_only=True):
     """The agent's configuration; every field has a default that suits a single host."""
 
     listen: str = "0.0.0.0:7022"

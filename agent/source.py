@@ -192,7 +192,8 @@ class SourceMigration:
     def _reason(self, error: BaseException, request: m.CutOver) -> MigrateError:
         if isinstance(error, TimeoutError):
             return NotConvergedError(
-                f"the freeze took longer than its budget of {request.freeze_budget_s:g} s; {self.container} runs on here",
+                f"the freeze took longer than its budget of {request.freeze_budget_s:g} s; "
+                f"{self.container} runs on here",
                 code="freeze-budget", hint="a larger --freeze-budget, or a time with less load",
             )  # fmt: skip
         if isinstance(error, MigrateError):

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 
-from agent import containers, reclaim, undo
+from agent import reclaim, undo
 from agent.engine import base
 from agent.host import Host
 from agent.kernel.freezer import Freezer
@@ -217,9 +217,7 @@ class TargetMigration:
             _log.warning("%s: %s; discarding", self.id, error)
             if self._workers is not None:
                 with contextlib.suppress(MigrateError):
-                    self._workers.send_link(
-                        m.LinkFailed(migration=self.id, failure=failure_of(error, self._host.name))
-                    )
+                    self._workers.send_link(m.LinkFailed(migration=self.id, failure=failure_of(error, self._host.name)))
             self._ending = asyncio.create_task(self._discard(str(error)))
 
     async def abort(self, reason: str) -> None:

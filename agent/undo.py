@@ -122,8 +122,12 @@ def run_pending(journal_dir: Path, migration: str, side: Side) -> list[str]:
     failures = []
     try:
         for item in journal.pending_undo(migration, side):
+            kind = _KINDS.get(item.kind)
+            if kind is None:
+                failures.append(f"{item.kind}: this version of the agent does not know it")
+                continue
             try:
-                _KINDS[item.kind](item.arguments)
+                kind(item.arguments)
             except (MigrateError, OSError) as error:
                 _log.warning("undo %s %s failed: %s", item.kind, item.arguments, error)
                 failures.append(f"{item.kind}: {error}")
@@ -132,5 +136,3 @@ def run_pending(journal_dir: Path, migration: str, side: Side) -> list[str]:
     finally:
         journal.close()
     return failures
-
-

@@ -85,10 +85,10 @@ class Worker:
             return
         try:
             record = self.port.parse(frame)
-        except RemoteProtocolError as error:
-            failure = MigrateError(f"the {self.name} process is not understood: {error}", code="process")
-            self.inbox.fail(failure, lasting=True)
-            self._tell(failure)
+        except RemoteProtocolError as unreadable:
+            error = MigrateError(f"the {self.name} process is not understood: {unreadable}", code="process")
+            self.inbox.fail(error, lasting=True)
+            self._tell(error)
             return
         match record:
             case base.EngineFailed():
@@ -200,7 +200,7 @@ async def _spawn(name: str, module: str, side: Side, extra: tuple[str, Any], hea
     option, other = extra
     try:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", module, "--side", side.value, "--service-fd", str(theirs.fileno()),
+            sys.executable, "-P", "-m", module, "--side", side.value, "--service-fd", str(theirs.fileno()),
             option, str(other.fileno()), pass_fds=[theirs.fileno(), other.fileno()],
             stdin=asyncio.subprocess.DEVNULL,
             # The agent's own stdout may be the control connection (--stdio); a child must not write there.

@@ -13,7 +13,7 @@ from protocol.messages import Count, Failure, Interface, Message, Record, RoundR
 # ---------------------------------------------------------------- service to the source's engine
 
 
-class SourceArm(Message, kw_only=True):
+class SourceArm(Message, frozen=True, kw_only=True):
     """Seize the container's processes for a moment and arm the tracker. Answer: SourceArmed."""
 
     pid: Count  # host pid of the container's init
@@ -22,21 +22,21 @@ class SourceArm(Message, kw_only=True):
     storage: Text = "none"
 
 
-class SourceArmed(Message, kw_only=True):
+class SourceArmed(Message, frozen=True, kw_only=True):
     stop_ms: float
 
 
-class SourceRound(Message, kw_only=True):
+class SourceRound(Message, frozen=True, kw_only=True):
     """Scan (re-arming), send layout, pages, holes; wait until the target has applied all. Answer: SourceRoundDone."""
 
     round: Count
 
 
-class SourceRoundDone(Message, kw_only=True):
+class SourceRoundDone(Message, frozen=True, kw_only=True):
     report: RoundReport
 
 
-class SourceCutOver(Message, kw_only=True):
+class SourceCutOver(Message, frozen=True, kw_only=True):
     """Do what can be done before, then freeze, cut, scan, dump, hand all to the stream.
 
     Answers: SourceFrozen at once when every task stands (the service freezes the cgroup then, while the engine dumps
@@ -47,39 +47,39 @@ class SourceCutOver(Message, kw_only=True):
     cut: list[Interface]  # cut off in the freeze by agent.network.cut; the service has written the undo ahead
 
 
-class SourceFrozen(Message, kw_only=True):
+class SourceFrozen(Message, frozen=True, kw_only=True):
     monotonic_ns: int  # CLOCK_MONOTONIC of this host when the first stop was asked for
     tasks: list[int]  # host tids
 
 
-class SourceDumped(Message, kw_only=True):
+class SourceDumped(Message, frozen=True, kw_only=True):
     parts: dict[str, float]  # ms by part
     dirty_bytes: Count
     pids: list[int]  # as the container sees them
     connections: Count
 
 
-class SourceVerifyStop(Message, kw_only=True):
+class SourceVerifyStop(Message, frozen=True, kw_only=True):
     """Is it the same stop, unbroken since SourceFrozen? Answer: SourceStopVerified."""
 
 
-class SourceStopVerified(Message, kw_only=True):
+class SourceStopVerified(Message, frozen=True, kw_only=True):
     unbroken: bool
     detail: Text = ""
 
 
-class SourceThaw(Message, kw_only=True):
+class SourceThaw(Message, frozen=True, kw_only=True):
     """Roll back: registers, sockets, network, detach. Legal at any time; idempotent. Answer: EngineDone."""
 
 
-class SourceRelease(Message, kw_only=True):
+class SourceRelease(Message, frozen=True, kw_only=True):
     """After RUNNING: let go of tasks that the service has killed. Answer: EngineDone."""
 
 
 # ---------------------------------------------------------------- service to the target's engine
 
 
-class TargetIntercept(Message, kw_only=True):
+class TargetIntercept(Message, frozen=True, kw_only=True):
     """Seize the runtime's init, run `start_argv`, stop at the exec. Answer: TargetIntercepted."""
 
     pid: Count  # host pid of the runtime's init process, after create
@@ -87,11 +87,11 @@ class TargetIntercept(Message, kw_only=True):
     root: Text = ""
 
 
-class TargetIntercepted(Message, kw_only=True):
+class TargetIntercepted(Message, frozen=True, kw_only=True):
     pid: Count
 
 
-class TargetRestored(Message, kw_only=True):
+class TargetRestored(Message, frozen=True, kw_only=True):
     """Sent without a request: everything is applied, the cgroup is FROZEN, registers are set, detached."""
 
     parts: dict[str, float]
@@ -99,7 +99,7 @@ class TargetRestored(Message, kw_only=True):
     repaired: list[RepairedSocket]
 
 
-class RepairedSocket(Record, kw_only=True):
+class RepairedSocket(Record, frozen=True, kw_only=True):
     """A TCP socket left in repair mode, for the service to activate at the commit without the engine."""
 
     pid: Count  # host pid of a holder
@@ -107,15 +107,15 @@ class RepairedSocket(Record, kw_only=True):
     unsent: bytes = b""  # data that had not left the source: queued after repair mode ends
 
 
-class TargetDiscard(Message, kw_only=True):
+class TargetDiscard(Message, frozen=True, kw_only=True):
     """Kill what was built. Answer: EngineDone."""
 
 
-class EngineDone(Message, kw_only=True):
+class EngineDone(Message, frozen=True, kw_only=True):
     detail: Text = ""
 
 
-class EngineFailed(Message, kw_only=True):
+class EngineFailed(Message, frozen=True, kw_only=True):
     failure: Failure
 
 
@@ -130,7 +130,7 @@ FromTargetEngine = TargetIntercepted | TargetRestored | EngineDone | EngineFaile
 # ---------------------------------------------------------------- engine and stream
 
 
-class OpenTask(Message, kw_only=True):
+class OpenTask(Message, frozen=True, kw_only=True):
     """Engine to stream, both sides: a process whose memory will be read or written.
 
     The stream opens /proc/PID/mem (source) and checks the start time first, so that a recycled pid is never read.
@@ -141,7 +141,7 @@ class OpenTask(Message, kw_only=True):
     start_time: Count  # field 22 of /proc/PID/stat
 
 
-class ReadRuns(Message, kw_only=True):
+class ReadRuns(Message, frozen=True, kw_only=True):
     """Source: read these page runs and send them. No answer."""
 
     task: Count
@@ -152,13 +152,13 @@ class ReadRuns(Message, kw_only=True):
     final: bool = False  # in the freeze: no throttle, no zero detection
 
 
-class Flush(Message, kw_only=True):
+class Flush(Message, frozen=True, kw_only=True):
     """Source: after everything before it is sent, and the target has applied it, answer Flushed."""
 
     number: Count
 
 
-class Flushed(Message, kw_only=True):
+class Flushed(Message, frozen=True, kw_only=True):
     number: Count
     read_bytes: Count
     zero_bytes: Count
@@ -166,11 +166,11 @@ class Flushed(Message, kw_only=True):
     ms: float
 
 
-class SectionApplied(Message, kw_only=True):
+class SectionApplied(Message, frozen=True, kw_only=True):
     """Target engine to stream: the section is applied; later frames may be looked at."""
 
 
-class ReleasePackets(Message, kw_only=True):
+class ReleasePackets(Message, frozen=True, kw_only=True):
     """Target engine to stream: sockets are restored (in repair mode): inject what was caught, then as it comes.
 
     `receive_next`: 'LOCAL_IP LOCAL_PORT PEER_IP PEER_PORT' -> next sequence number expected; data segments that end
@@ -180,13 +180,13 @@ class ReleasePackets(Message, kw_only=True):
     receive_next: dict[str, int]
 
 
-class StreamFailed(Message, kw_only=True):
+class StreamFailed(Message, frozen=True, kw_only=True):
     """Stream to engine or service: the link or a task is gone."""
 
     failure: Failure
 
 
-class CapturePackets(Message, kw_only=True):
+class CapturePackets(Message, frozen=True, kw_only=True):
     """Source engine to stream: one descriptor comes with it, the catcher's AF_PACKET socket. No answer.
 
     From now every packet on it goes to the target as it comes; a bounded copy is kept for StreamReplay.
@@ -200,7 +200,7 @@ StreamToEngine = Flushed | StreamFailed
 # ---------------------------------------------------------------- service and stream
 
 
-class StreamListen(Message, kw_only=True):
+class StreamListen(Message, frozen=True, kw_only=True):
     """Target: listen for the one source of this migration. Answer: StreamListening, later StreamUp.
 
     One descriptor follows when `inject` is set: the AF_PACKET socket into the container.
@@ -214,31 +214,31 @@ class StreamListen(Message, kw_only=True):
     epoch: Count
 
 
-class StreamListening(Message, kw_only=True):
+class StreamListening(Message, frozen=True, kw_only=True):
     port: Count
     host_key: Text
 
 
-class StreamInject(Message, kw_only=True):
+class StreamInject(Message, frozen=True, kw_only=True):
     """Target: one descriptor comes with it, the AF_PACKET socket into the container. No answer."""
 
 
-class StreamAttached(Message, kw_only=True):
+class StreamAttached(Message, frozen=True, kw_only=True):
     """Target, at the commit: the container is on the network. No answer.
 
     Packets that are answered at once (ARP, a new connection's SYN) are kept until then, or the answer is lost.
     """
 
 
-class StreamMakeKey(Message, kw_only=True):
+class StreamMakeKey(Message, frozen=True, kw_only=True):
     """Source: make the client key of this migration, in memory. Answer: StreamKey."""
 
 
-class StreamKey(Message, kw_only=True):
+class StreamKey(Message, frozen=True, kw_only=True):
     public_key: Text
 
 
-class StreamConnect(Message, kw_only=True):
+class StreamConnect(Message, frozen=True, kw_only=True):
     """Source: connect. Answer: StreamUp."""
 
     address: Text
@@ -250,26 +250,26 @@ class StreamConnect(Message, kw_only=True):
     bandwidth: Count
 
 
-class StreamUp(Message, kw_only=True):
+class StreamUp(Message, frozen=True, kw_only=True):
     peer: Text = ""
 
 
-class StreamReplay(Message, kw_only=True):
+class StreamReplay(Message, frozen=True, kw_only=True):
     """Source, on a roll-back: one descriptor comes with it, the AF_PACKET socket into our own container.
 
     Every captured packet that was sent to the target is put back there. Answer: StreamReplayed.
     """
 
 
-class StreamReplayed(Message, kw_only=True):
+class StreamReplayed(Message, frozen=True, kw_only=True):
     packets: Count
 
 
-class StreamGetCounters(Message, kw_only=True):
+class StreamGetCounters(Message, frozen=True, kw_only=True):
     """Answer: StreamCounters. Safe at any time."""
 
 
-class StreamCounters(Message, kw_only=True):
+class StreamCounters(Message, frozen=True, kw_only=True):
     page_bytes: Count = 0
     zero_bytes: Count = 0
     wire_bytes: Count = 0

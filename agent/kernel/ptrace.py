@@ -181,7 +181,8 @@ def get_regset_into(tid: Tid, note: int, target: ctypes.Structure | ctypes.Array
 
 def get_regset(tid: Tid, note: int, limit_bytes: int = 16384) -> bytes:
     buffer = ctypes.create_string_buffer(limit_bytes)
-    return buffer.raw[: get_regset_into(tid, note, buffer)]
+    size = get_regset_into(tid, note, buffer)
+    return buffer.raw[:size]
 
 
 def set_regset_from(tid: Tid, note: int, source: ctypes.Structure | ctypes.Array[ctypes.c_char]) -> None:

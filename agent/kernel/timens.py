@@ -82,7 +82,7 @@ def run_in_time_namespace(argv: Sequence[str], monotonic_offset_ns: int) -> list
     """
     if monotonic_offset_ns == 0:
         return list(argv)
-    return [sys.executable, "-m", "agent.kernel.timens_exec", str(monotonic_offset_ns), "--", *argv]
+    return [sys.executable, "-P", "-m", "agent.kernel.timens_exec", str(monotonic_offset_ns), "--", *argv]
 
 
 def run(argv: Sequence[str], monotonic_offset_ns: int) -> int:

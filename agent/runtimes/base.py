@@ -19,13 +19,18 @@ class RuntimeContainer:
 class Runtime(Protocol):
     """One runtime with one state directory. Every method may raise MigrateError code 'runtime'."""
 
-    kind: str
-    root: str
+    @property
+    def kind(self) -> str:
+        """runc, crun."""
+
+    @property
+    def root(self) -> str:
+        """Its state directory."""
 
     def version(self) -> str:
         """The version as the runtime prints it."""
 
-    def list(self) -> list[RuntimeContainer]:
+    def containers(self) -> list[RuntimeContainer]:
         """All containers, also stopped ones."""
 
     def find(self, name: str) -> RuntimeContainer | None:

@@ -45,14 +45,14 @@ class OciRuntime:
         """First line of --version."""
         return self._run("--version").splitlines()[0]
 
-    def list(self) -> list[RuntimeContainer]:
+    def containers(self) -> list[RuntimeContainer]:
         """All containers of this root."""
         # Both print null for an empty list.
         return [_container(item) for item in json.loads(self._run("list", "--format", "json")) or []]
 
     def find(self, name: str) -> RuntimeContainer | None:
         """By list, not by state: state fails alike for 'unknown' and for 'broken'."""
-        return next((item for item in self.list() if item.name == name), None)
+        return next((item for item in self.containers() if item.name == name), None)
 
     def create(self, name: str, bundle: str, *, log_path: str, monotonic_offset_ns: int | None) -> RuntimeContainer:
         """See Runtime."""

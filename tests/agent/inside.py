@@ -30,7 +30,7 @@ def call(host: ContainerHost, program: str) -> Any:
     """What `program` (statements that set `result`) gives there; a MigrateError as a dict error, code, text."""
     body = "\n".join(f"    {line}" for line in program.strip().splitlines())
     said = json.loads(host.run([sys.executable, "-c", _FRAME.format(body=body)]).stdout)
-    return said["result"] if "result" in said else said
+    return said.get("result", said)
 
 
 def without_network(config: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -169,19 +170,19 @@ def test_a_config_that_is_too_large_is_not_read_whole(bundle: Bundle):
 
 
 def test_a_bundle_without_config_is_named(tmp_path: Path):
-    with pytest.raises(MigrateError, match=f"cannot read {tmp_path}/config.json: No such file") as caught:
+    with pytest.raises(MigrateError, match=re.escape(f"cannot read {tmp_path}/config.json: No such file")) as caught:
         containers.read_config(str(tmp_path))
     assert caught.value.code == "bundle"
 
 
 class FakeRuntime:
-    """Only `list` and `kind`: all that finding asks."""
+    """Only `containers` and `kind`: all that finding asks."""
 
     def __init__(self, kind: str, *names: str) -> None:
         self.kind = kind
         self.names = names
 
-    def list(self) -> list[RuntimeContainer]:
+    def containers(self) -> list[RuntimeContainer]:
         return [RuntimeContainer(name=name, pid=0, status="stopped", bundle="/b") for name in self.names]
 
 

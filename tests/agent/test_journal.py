@@ -253,9 +253,7 @@ for n in itertools.count():
 """
     for delay_s in (0.0, 0.004, 0.011, 0.023):
         directory = tmp_path / str(delay_s)
-        with subprocess.Popen(
-            [sys.executable, "-c", program, directory], cwd=PROJECT, stdout=subprocess.PIPE
-        ) as agent:
+        with subprocess.Popen([sys.executable, "-c", program, directory], cwd=PROJECT, stdout=subprocess.PIPE) as agent:
             assert agent.stdout is not None
             agent.stdout.readline()
             timer = threading.Timer(delay_s, agent.kill)
@@ -330,7 +328,7 @@ def test_only_root_may_look_into_a_new_state_directory(tmp_path: Path):
 
 def test_a_state_directory_that_cannot_be_made_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(MigrateError, match="cannot open the journal in .*file/state") as caught:
+    with pytest.raises(MigrateError, match=r"cannot open the journal in .*file/state") as caught:
         Journal(tmp_path / "file" / "state")
     assert caught.value.code == "journal"
     assert "state_dir" in caught.value.hint
@@ -348,7 +346,7 @@ def test_a_state_of_a_later_version_is_an_error_of_the_journal(tmp_path: Path, j
     with sqlite3.connect(tmp_path / "journal.sqlite") as db:
         db.execute("UPDATE migrations SET state = 'dreaming'")
     db.close()
-    for call in (lambda: journal.entries(), lambda: journal.move(ID, Side.SOURCE, Event.ARMED)):
+    for call in (journal.entries, lambda: journal.move(ID, Side.SOURCE, Event.ARMED)):
         with pytest.raises(MigrateError, match="dreaming") as caught:
             call()
         assert caught.value.code == "journal"

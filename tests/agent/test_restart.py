@@ -300,9 +300,8 @@ def test_what_another_living_agent_drives_is_left_alone_and_settled_after_its_de
         f"Journal(pathlib.Path('/var/lib/migrate')).begin(migration={ID!r}, side=Side.TARGET, epoch=1,"
         "container='web1', peer='', coordinator=''); print(flush=True); sys.stdin.read()"
     )
-    with left.host.popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
+    with left.host.popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
         other.stdout.readline()
         left.start()
         assert left.state(Side.TARGET) is State.PREPARING

@@ -42,7 +42,7 @@ def test_it_says_its_version(host: ContainerHost):
 
 
 def test_no_containers_are_an_empty_list(host: ContainerHost):
-    assert call(host, OPEN.replace("/run/runc", "/run/other") + "result = runtime.list()") == []
+    assert call(host, OPEN.replace("/run/runc", "/run/other") + "result = runtime.containers()") == []
 
 
 def test_a_created_container_is_listed_found_and_deleted(host: ContainerHost):
@@ -51,7 +51,7 @@ def test_a_created_container_is_listed_found_and_deleted(host: ContainerHost):
     assert made == {"name": "made", "pid": made["pid"], "status": "created", "bundle": path}
     assert host.pid_here(made["pid"])
     assert runtime(host, "result = runtime.find('made')") == made
-    assert made in runtime(host, "result = runtime.list()")
+    assert made in runtime(host, "result = runtime.containers()")
     runtime(host, "runtime.delete('made'); result = None")
     assert runtime(host, "result = runtime.find('made')") is None
 

@@ -122,8 +122,8 @@ def test_a_container_under_migration_is_listed_with_its_id(rig: Rig, counter: Co
     call(
         rig.host,
         "from agent.journal import Journal; from protocol.states import Event, Side\n"
-        "journal = Journal(Path('/var/lib/migrate'))\n"
-        "journal.begin(migration='held-1', side=Side.SOURCE, epoch=1, container='counter', peer='b', coordinator='ann')\n"
+        "Journal(Path('/var/lib/migrate')).begin(migration='held-1', side=Side.SOURCE, epoch=1, container='counter',\n"
+        "    peer='b', coordinator='ann')\n"
         "result = None",
     )
     try:
@@ -211,16 +211,16 @@ def test_an_observer_may_look_and_nothing_else(rig: Rig, counter: Container):
             welcome_role.append((await agent.hello()).role)
             for body in (m.GetHostReport(), m.ListContainers(), m.ReadClock(), m.GetStatus()):
                 assert isinstance(await agent.ask(body), m.ANSWERS[type(body)])
-            for body in (
+            for refused in (
                 m.BeginSource(migration="observed-1", epoch=1, container="counter", target="b"),
                 m.Abort(migration="observed-1"),
                 m.Settle(migration="observed-1", epoch=9, peer_state="unknown", source_is_dead=True),
             ):
-                answer = await agent.ask(body)
+                answer = await agent.ask(refused)
                 assert isinstance(answer, m.Failure)
                 assert (answer.code, answer.family) == ("role", "unreachable")
                 assert 'migrate-role="observe"' in answer.message
-                assert type(body).__name__ in answer.message
+                assert type(refused).__name__ in answer.message
 
     run(main())
     assert welcome_role == ["observe"]
@@ -313,7 +313,8 @@ def test_a_shell_is_not_to_be_had(rig: Rig):
         async with connect(rig.host, rig.operator) as connection:
             done = await connection.run("id", encoding=None)
             assert done.exit_status == 1
-            assert (done.stdout, done.stderr) == (b"", b"this is a migrate-agent: the only subsystem is migrate-agent\n")
+            assert done.stdout == b""
+            assert done.stderr == b"this is a migrate-agent: the only subsystem is migrate-agent\n"
             with pytest.raises(asyncssh.Error):
                 await connection.create_connection(asyncssh.SSHTCPSession, "127.0.0.1", 22)
 

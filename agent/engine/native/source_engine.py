@@ -18,7 +18,7 @@ from agent.engine.native.source_task import SourceTask
 from agent.engine.native.stages import Clock, Deadline
 from agent.network import cut as network_cut
 from protocol.errors import MigrateError, UnsupportedError
-from protocol.messages import Interface, InterfaceAddress, RoundReport
+from protocol.messages import RoundReport
 
 _log = logging.getLogger(__name__)
 
@@ -166,8 +166,8 @@ class _Freeze:
     def prepare(self) -> None:
         """Before anything stops."""
         task = self._task
-        for plan in self._request.cut:
-            prepared = network_cut.prepare_cut(_interface_of(plan), bridge=plan.bridge)
+        for interface in self._request.cut:
+            prepared = network_cut.prepare_cut(interface)
             self._cuts.append(prepared)
             self._ports.stream.send(base.CapturePackets(), [prepared.capture_socket().fileno()])
         self._files = files.PreparedDump.prepare(task.pid, task.tcp, task.storage)
@@ -256,13 +256,6 @@ class _Freeze:
             self._files = None
         if hasattr(self, "dump"):
             self.dump.close()
-
-
-def _interface_of(plan: base.CutPlan) -> Interface:
-    return Interface(
-        name="eth0", mac=plan.macs[0], mtu=0, host_name=plan.host_name, bridge=plan.bridge,
-        addresses=[InterfaceAddress(address=address, prefix=0) for address in plan.addresses],
-    )  # fmt: skip
 
 
 @contextlib.contextmanager

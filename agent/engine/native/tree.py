@@ -1,6 +1,7 @@
-"""Which processes belong to a container.
+"""Which processes belong to a container. Records carry a task number, so that a tree can come.
 
-One process for now: `check` refuses more. Records carry a task number, so that a tree can come.
+Survives: one process, the container's init, with its pid.
+Does not survive: child processes, and sessions that were entered from outside (refused).
 """
 
 from __future__ import annotations

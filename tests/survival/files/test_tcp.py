@@ -39,8 +39,8 @@ class Story:
         self.source.run("s, _ = l.accept()")
         self.fd = self.source.run("s.fileno()")
 
-    def move(self, *, kill=True, before_cut=lambda: None):
-        prepared = files.PreparedDump.prepare(self.source.pid)
+    def move(self, *, kill=True, before_cut=lambda: None, tcp_mode="keep"):
+        prepared = files.PreparedDump.prepare(self.source.pid, tcp_mode)
         os.kill(self.source.pid, signal.SIGSTOP)
         before_cut()
         self.lan.cut()
@@ -295,3 +295,54 @@ def test_a_socket_that_comes_and_one_that_goes_after_the_preparation_are_noticed
     story.peer.run("d.sendall(b'x')")
     assert story.target.run("s2.recv(1), s2.getsockopt(6, 1)") == (b"x", 1)
     assert story.target.run(f"os.eventfd_read({new[1]})") == 5
+
+
+def test_a_connection_that_is_over_stays_over(lan, puppets):
+    story = Story(lan, puppets)
+    story.source.run("s.shutdown(1)")
+    story.peer.run("c.sendall(b'last'); c.close()")
+    story.until(story.source, "s.getsockopt(6, 11, 1)[0] == 7")
+    story.move()
+    assert story.target.run("s.recv(10), s.recv(10)") == (b"last", b"")
+    assert story.target.run("s.getsockopt(6, 11, 1)[0]") == 7
+
+
+def test_a_reset_that_the_program_has_not_seen_is_seen(lan, puppets):
+    story = Story(lan, puppets)
+    story.peer.run("c.setsockopt(1, 13, struct.pack('ii', 1, 0)); c.close()")
+    story.until(story.source, "s.getsockopt(6, 11, 1)[0] == 7")
+    story.move()
+    assert story.target.run("s.getsockopt(1, 4)") == 104  # ECONNRESET
+
+
+def test_a_connecting_socket_connects_from_the_target(lan, puppets):
+    story = Story(lan, puppets)
+    story.peer.run(f"l = socket.socket(); l.bind(({lans.PEER!r}, 7001)); l.listen()")
+    lan.cut()
+    story.source.run(f"k = socket.socket(); k.setblocking(False); k.connect_ex(({lans.PEER!r}, 7001))")
+    fd = story.source.run("k.fileno()")
+    assert story.source.run("k.getsockopt(6, 11, 1)[0]") == 2
+    story.move()
+    story.target.run(f"k = socket.socket(fileno={fd}); select.select([], [k], [], 10)")
+    assert story.target.run("k.getsockopt(1, 4)") == 0
+    assert story.target.run("k.getpeername()") == (lans.PEER, 7001)
+
+
+def test_sockets_without_a_connection_keep_their_address(lan, puppets):
+    story = Story(lan, puppets)
+    story.source.run(f"k = socket.socket(); k.bind(({lans.ADDRESS!r}, 7002)); k.setsockopt(6, 1, 1); f = socket.socket(10)")
+    bound, fresh = story.source.run("k.fileno(), f.fileno()")
+    story.move()
+    story.target.run(f"k, f = socket.socket(fileno={bound}), socket.socket(fileno={fresh})")
+    assert story.target.run("k.getsockname(), k.getsockopt(6, 1), f.family") == ((lans.ADDRESS, 7002), 1, 10)
+    story.target.run("k.listen()")
+
+
+def test_connections_are_reset_when_asked_to_be_closed(lan, puppets):
+    story = Story(lan, puppets)
+    section = story.move(tcp_mode="close")
+    assert story.restored.repaired == []
+    assert not any(isinstance(o, files.TcpConnection) for o in section.objects)
+    assert story.target.run("s.getsockopt(1, 4)") == 104
+    story.peer.run("c.settimeout(5); c.sendall(b'x'); exec('try: c.recv(1)\\nexcept ConnectionResetError: gone = 1')")
+    assert story.peer.run("gone") == 1

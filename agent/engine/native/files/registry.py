@@ -16,6 +16,7 @@ from agent.engine.native.files import (
     tcp,
     tcp_listen,
     tcp_restore,
+    tcp_unconnected,
     timerfd,
     unix_sockets,
     unsupported,
@@ -28,14 +29,15 @@ from agent.engine.native.files.pipes import PipeEnd
 from agent.engine.native.files.regular_files import RegularFile
 from agent.engine.native.files.signalfd import SignalFd
 from agent.engine.native.files.stdio import ExternalStdio
-from agent.engine.native.files.tcp import TcpClosed, TcpConnection
+from agent.engine.native.files.tcp import TcpConnection
 from agent.engine.native.files.tcp_listen import TcpListener
+from agent.engine.native.files.tcp_unconnected import TcpClosed, TcpOver
 from agent.engine.native.files.timerfd import TimerFd
 from agent.engine.native.files.unix_sockets import UnixSocket
 
 ObjectOnWire = (
     RegularFile | MemoryDevice | ExternalStdio | PipeEnd | EventFd | TimerFd | SignalFd | Epoll
-    | TcpListener | TcpConnection | TcpClosed | UnixSocket
+    | TcpListener | TcpConnection | TcpClosed | TcpOver | UnixSocket
 )  # fmt: skip
 
 # The first that matches has it; the last matches all.
@@ -55,7 +57,8 @@ _RESTORE: dict[type[ObjectRecord], Callable[[Any, Workshop], int]] = {
     SignalFd: signalfd.restore,
     Epoll: epoll.restore,
     TcpListener: tcp_listen.restore,
-    TcpClosed: tcp_restore.restore_closed,
+    TcpClosed: tcp_unconnected.restore_closed,
+    TcpOver: tcp_unconnected.restore_over,
     TcpConnection: tcp_restore.restore,
 }
 

@@ -315,3 +315,16 @@ def refresh_volatile(sock: socket.socket, options: list[Option]) -> list[Option]
         return options
     names = {(option.level, option.name) for option in changed}
     return [option for option in options if (option.level, option.name) not in names] + changed
+
+
+def bind(sock: socket.socket, local: Address) -> None:
+    """Raises: KernelError: with the address."""
+    try:
+        sock.bind(local.for_call(sock.family))
+    except OSError as error:
+        raise KernelError(
+            f"bind({local.host}, port {local.port})",
+            error.errno or 0,
+            error.strerror or "",
+            hint="is the address up in the container's network namespace?",
+        ) from error

@@ -3,7 +3,7 @@
 The connection is dumped in repair mode and stays there: the source's copy dies without FIN or RST, the target's
 leaves it at the commit. A FIN that came is given again through a raw socket, a FIN that went is sent again.
 
-Does not survive: connections being made (SYN_SENT); urgent data; ECN; TCP-MD5, TLS and MPTCP; socket filters;
+Does not survive: urgent data; ECN; TCP-MD5, TLS and MPTCP; socket filters;
 congestion window and round-trip estimates start anew.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import array
 import enum
 import fcntl
-import select
 import socket
 import struct
 import termios
@@ -35,6 +34,14 @@ from agent.engine.native.files.socket_options import (
     has_filter,
     read_buffers,
     refresh_volatile,
+)
+from agent.engine.native.files.tcp_unconnected import (
+    TcpClosed,
+    TcpOver,
+    dump_closed,
+    dump_over,
+    find_peer,
+    is_over,
 )
 from protocol.errors import KernelError, UnsupportedError
 from protocol.messages import Refusal
@@ -113,15 +120,6 @@ class TcpConnection(ObjectRecord, frozen=True, kw_only=True, tag="tcp-connection
     unsent: bytes = b""  # written by the program, not gone
 
 
-class TcpClosed(ObjectRecord, frozen=True, kw_only=True, tag="tcp-closed"):
-    """A socket that was never connected; perhaps bound."""
-
-    family: int
-    local: Address
-    options: list[Option]
-    buffers: Buffers
-
-
 def matches(file: OpenFile, scope: Scope) -> bool:
     """Any TCP socket that does not listen."""
     return is_tcp(file, scope) and read_state(scope.hold_socket(file).sock) != State.LISTEN
@@ -147,12 +145,6 @@ def check(file: OpenFile, scope: Scope) -> list[Refusal]:
     refusals = check_extras(file, scope)
     if state in CONNECTED and scope.tcp_mode == "fail":
         refusals.append(scope.refusal(file, "tcp-connection", "a connection is open, and --tcp fail was asked for"))
-    if state == State.CLOSE and _is_finished(sock):
-        refusals.append(
-            scope.refusal(
-                file, "tcp-finished", "its connection is over, but the program has not closed it", "try again"
-            )
-        )
     return refusals
 
 
@@ -176,18 +168,6 @@ def _peek_offset(sock: socket.socket) -> int:
         return -1  # TCP has it since 6.9
 
 
-def _is_finished(sock: socket.socket) -> bool:
-    """Whether a closed socket once was connected: its read side is shut or an error waits."""
-    poller = select.poll()
-    poller.register(sock, select.POLLRDHUP)
-    events = poller.poll(0)
-    try:
-        sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except OSError:
-        return bool(events and events[0][1] & select.POLLERR)
-    return True
-
-
 def prepare(file: OpenFile, scope: Scope, template: Template) -> PreparedSocket:
     """Everything slow of `dump`; the socket is not changed. Raises: KernelError."""
     held = scope.hold_socket(file)
@@ -204,33 +184,26 @@ def prepare(file: OpenFile, scope: Scope, template: Template) -> PreparedSocket:
     )
 
 
-def dump(file: OpenFile, scope: Scope, prepared: PreparedSocket) -> TcpConnection | TcpClosed:
+def dump(file: OpenFile, scope: Scope, prepared: PreparedSocket) -> TcpConnection | TcpClosed | TcpOver:
     """The connection, in repair mode from here on. Frozen and cut off, else data is lost.
 
-    Raises: TransientStateError: it is just being made. UnsupportedError. KernelError.
+    Raises: TransientStateError: it has just come up. UnsupportedError. KernelError.
     """
-    state = read_state(prepared.held.sock)
+    sock = prepared.held.sock
+    state = read_state(sock)
     if state == State.CLOSE:
-        if _is_finished(prepared.held.sock):
-            raise TransientStateError(
-                f"process {scope.container_pid}, fd {file.fd}: its connection has just ended, unseen by the program"
-            )
-        return TcpClosed(
-            id=file.id,
-            flags=status_flags(file.flags),
-            family=prepared.held.family,
-            local=Address.of(prepared.held.sock.getsockname()),
-            options=prepared.options,
-            buffers=prepared.buffers,
-        )
-    if state not in CONNECTED:
+        return dump_over(file, prepared, reset=False) if is_over(sock) else dump_closed(file, prepared)
+    if state == State.SYN_SENT:
+        return dump_closed(file, prepared, find_peer(file, scope, prepared.held.family))
+    if state not in CONNECTED or prepared.peer is None:
         raise TransientStateError(
-            f"process {scope.container_pid}, fd {file.fd}: a TCP connection is just being made ({state.name})"
+            f"process {scope.container_pid}, fd {file.fd}: a TCP connection has just come up ({state.name})"
         )
-    if prepared.peer is None:
-        raise TransientStateError(f"process {scope.container_pid}, fd {file.fd}: a connection has just come up")
     if scope.tcp_mode == "fail":
         raise scope.refuse(file, "tcp-connection", "a connection is open, and --tcp fail was asked for")
+    if scope.tcp_mode == "close":
+        enter_repair(sock)  # the peer is to hear nothing of it here either: the target's address answers with a reset
+        return dump_over(file, prepared, reset=True)
     return _dump_connected(file, prepared, prepared.peer, state)
 
 

@@ -19,7 +19,7 @@ from agent.engine.native.files.base import (
     set_flags,
     status_flags,
 )
-from agent.engine.native.files.socket_options import Address, Buffers, Option, set_buffers, set_options
+from agent.engine.native.files.socket_options import Address, Buffers, Option, bind, set_buffers, set_options
 from protocol.errors import KernelError
 from protocol.messages import Refusal
 
@@ -81,16 +81,3 @@ def restore(record: TcpListener, workshop: Workshop) -> int:  # noqa: ARG001 - t
             raise KernelError(f"listen on port {record.local.port}", error.errno or 0, error.strerror or "") from error
         set_flags(sock.fileno(), record.flags)
         return sock.detach()
-
-
-def bind(sock: socket.socket, local: Address) -> None:
-    """Raises: KernelError: with the address."""
-    try:
-        sock.bind(local.for_call(sock.family))
-    except OSError as error:
-        raise KernelError(
-            f"bind({local.host}, port {local.port})",
-            error.errno or 0,
-            error.strerror or "",
-            hint="is the address up in the container's network namespace?",
-        ) from error

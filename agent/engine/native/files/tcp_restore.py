@@ -14,13 +14,13 @@ from agent.engine.native.files.fin import send_fin
 from agent.engine.native.files.socket_options import (
     SO_SNDBUFFORCE,
     Address,
+    bind,
     read_buffers,
     set_buffers,
     set_options,
     set_reuse,
 )
-from agent.engine.native.files.tcp import TcpClosed, TcpConnection
-from agent.engine.native.files.tcp_listen import bind
+from agent.engine.native.files.tcp import TcpConnection
 from agent.kernel.pidfd import pidfd_getfd, pidfd_open
 from protocol.errors import KernelError
 
@@ -30,17 +30,6 @@ _SEQUENCES = 1 << 32
 # Pieces small enough for one buffer of the kernel: a larger one may fail where memory is in pieces.
 _PIECE_BYTES = 65536
 _FIN_TIMEOUT_S = 0.5
-
-
-def restore_closed(record: TcpClosed, workshop: Workshop) -> int:  # noqa: ARG001 - the interface of all kinds
-    """A fresh socket with its options, bound if it was."""
-    with socket.socket(record.family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC, _TCP) as sock:
-        set_options(sock, record.options)
-        set_buffers(sock, record.buffers)
-        if record.local.port:
-            bind(sock, record.local)
-        set_flags(sock.fileno(), record.flags)
-        return sock.detach()
 
 
 def restore(record: TcpConnection, workshop: Workshop) -> int:

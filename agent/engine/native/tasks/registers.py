@@ -39,8 +39,5 @@ def restore(record: Registers, tracee: Tracee, *, has_unblocked_signal: bool) ->
     # else: the kernel delivers the signal first, and decides by its handler whether the call fails or starts over.
     tracee.set_registers(general)
     tracee.set_xstate(record.extended)
-    import sys
-    back = tracee.get_xstate()
-    print("DBG", tracee.tid, "same", back == record.extended, record.extended[512:528].hex(), "ymm0", record.extended[160:176].hex(), record.extended[576:592].hex(), "rip", hex(general.rip), file=sys.stderr)
     ptrace.set_sigmask(tracee.tid, record.blocked)
 

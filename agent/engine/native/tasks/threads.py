@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import re
 import struct
+from collections.abc import Sequence
 
 from agent.engine.native.tasks.plan import CallPlan, Later
+from agent.kernel import procfs
 from agent.kernel.process import Prctl, get_robust_list
 from agent.kernel.unistd import SYS
-from protocol.messages import Record
+from protocol.messages import Record, Refusal
 
 # linux/sched.h: a thread as pthread_create makes it, without what the C library adds.
 CLONE_THREAD_FLAGS = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000  # VM FS FILES SIGHAND THREAD SYSVSEM
@@ -72,3 +74,30 @@ _ESCAPED = re.compile(rb"\\([n\\])")
 def unescape_name(text: str) -> bytes:
     r"""The Name of /proc/PID/status as bytes: backslash and newline are escaped in it.   Source: fs/proc/array.c."""
     return _ESCAPED.sub(lambda found: b"\n" if found[1] == b"n" else b"\\", os.fsencode(text))
+
+
+_STATES = {
+    "T": ("stopped", "is stopped (SIGSTOP or the like)", "send it SIGCONT"),
+    "t": ("traced", "is stopped by a debugger", "end the debugger"),
+    "Z": ("leader-gone", "has ended while other threads run on", ""),
+    "X": ("leader-gone", "has ended while other threads run on", ""),
+}
+
+
+def check(statuses: Sequence[bytes], container_pid: int) -> list[Refusal]:
+    """Refuse threads that another program holds, or that are stopped."""
+    refusals = []
+    for data in statuses:
+        status = procfs.parse_status(data)
+        number = status.ns_pid[-1]
+        code, reason, hint = _STATES.get(status.state, ("", "", ""))
+        if status.tracer_pid:
+            code, reason, hint = "traced", f"is traced by process {status.tracer_pid} of the host", "end the tracer"
+        if code:
+            refusals.append(
+                Refusal(
+                    code=code, pid=container_pid, object=f"thread {number} ({status.name})", hint=hint,
+                    message=f"thread {number} ({status.name}) of process {container_pid} {reason}",
+                )
+            )  # fmt: skip
+    return refusals
