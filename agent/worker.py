@@ -167,7 +167,13 @@ class Workers:
         return cls(engine, stream, on_lost)
 
     def _link_frame(self, payload: bytes) -> None:
-        message: LinkMessage = codec.decode(payload, LinkMessage)
+        try:
+            message: LinkMessage = codec.decode(payload, LinkMessage)
+        except RemoteProtocolError as unreadable:
+            error = MigrateError(f"the other agent is not understood: {unreadable}", code="link-lost")
+            self.link.fail(error, lasting=True)
+            self._on_lost(error)
+            return
         match message:
             case LinkFailed():
                 error = raise_failure(message.failure)

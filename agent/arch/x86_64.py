@@ -31,7 +31,8 @@ _X86_EFLAGS_TF = 0x100
 _X86_EFLAGS_DF = 0x400
 
 _NAMES = (
-    "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss fs_base gs_base ds es fs gs"
+    "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss"
+    " fs_base gs_base ds es fs gs"
 )
 
 

@@ -1,1 +1,1 @@
-"""Kernel interfaces, one file a system-call family. No policy here: what the kernel offers, typed, with its errors named."""
+"""Kernel interfaces, one file a system-call family. No policy: what the kernel offers, typed, errors named."""

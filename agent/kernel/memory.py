@@ -74,7 +74,7 @@ def process_vm_writev(pid: int, runs: Sequence[tuple[int, int]], data: bytes | b
         raise ValueError(f"runs of {sum(length for _, length in runs)} bytes for a buffer of {size}")
     for first in range(0, len(runs), IOV_MAX):
         part = runs[first : first + IOV_MAX]
-        remote = (IoVector * len(part))(*part)
+        remote = (IoVector * len(part))(*[IoVector(address, length) for address, length in part])
         wanted = sum(length for _, length in part)
         local = IoVector(base, wanted)
         done = _writev(pid, ctypes.byref(local), 1, ctypes.byref(remote), len(part), 0)

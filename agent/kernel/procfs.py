@@ -39,9 +39,9 @@ def _gone_or(call: str, error: OSError) -> Exception:
 
 
 class MemoryArea(msgspec.Struct, frozen=True, gc=False):
-    """One line of /proc/PID/maps. `path` is '' for plain anonymous memory, '[heap]' and the like for special areas.
+    r"""One line of /proc/PID/maps. `path` is '' for plain anonymous memory, '[heap]' and the like for special areas.
 
-    A file's own name may end in ' (deleted)' or hold '\\012': the kernel's text is ambiguous there; who must be sure
+    A file's own name may end in ' (deleted)' or hold '\012': the kernel's text is ambiguous there; who must be sure
     compares device and inode.
     """
 
@@ -81,7 +81,8 @@ class MemoryArea(msgspec.Struct, frozen=True, gc=False):
 KERNEL_PAGES = frozenset({"[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]", "[uprobes]"})
 
 _AREA = re.compile(
-    rb"^([0-9a-f]+)-([0-9a-f]+) ([-rwxps]{4}) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+)(?: *|  *(\S[^\n]*))$", re.MULTILINE
+    rb"^([0-9a-f]+)-([0-9a-f]+) ([-rwxps]{4}) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+)(?: *|  *(\S[^\n]*))$",
+    re.MULTILINE,
 )
 _DELETED = b" (deleted)"
 
@@ -177,7 +178,9 @@ class TaskStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 def _fields(data: bytes) -> dict[str, str]:
     return {
-        key: value.strip() for key, colon, value in (line.partition(":") for line in os.fsdecode(data).split("\n")) if colon
+        key: value.strip()
+        for key, colon, value in (line.partition(":") for line in os.fsdecode(data).split("\n"))
+        if colon
     }
 
 

@@ -15,7 +15,7 @@ from protocol.errors import UnsupportedError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyscallNumbers:
-    """One number a field, named as the kernel names the call. From pidfd_send_signal on they are the same everywhere."""
+    """One number a field, named as the kernel names the call; from pidfd_send_signal on the same everywhere."""
 
     read: int
     write: int

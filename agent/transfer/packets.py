@@ -12,7 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from ipaddress import ip_address
 
 from agent.network import capture
-from agent.network.frames import ETHERNET_BYTES, VNET_HEADER_BYTES, Connection, is_stale_segment
+from agent.network.frames import (
+    ETHERNET_BYTES,
+    VNET_HEADER_BYTES,
+    Connection,
+    is_answered_at_once,
+    is_stale_segment,
+)
 from protocol.errors import RemoteProtocolError
 
 # A second of 100 Mbit/s, or of 20,000 small requests: a freeze is a hundredth of that.
@@ -100,12 +106,18 @@ class PacketSource:
 
 
 class PacketSink:
-    """Target: holds what comes until the sockets are restored, then puts it into the container in order."""
+    """Target: holds what comes, and puts it into the container in order, in two steps.
+
+    When the sockets are restored (`release`) segments of their connections and datagrams go in. What the container's
+    kernel would answer at once (ARP, ICMP, the SYN of a new connection) waits until it is on the network (`attached`):
+    before, the answer would be lost, and the sender waits a second for the next try.
+    """
 
     def __init__(self) -> None:
         self._held = PacketHold()
         self._socket: socket.socket | None = None
         self._receive_next: Mapping[Connection, int] | None = None
+        self._is_attached = False
         self.packets = 0
         self._lost = 0
 
@@ -117,18 +129,21 @@ class PacketSink:
         self._flush()
 
     def release(self, receive_next: Mapping[str, int]) -> None:
-        """From now on packets go in; of those that were held, data that the sockets have already is left out."""
+        """The sockets are restored; data that they have already is left out."""
         self._receive_next = {_connection(text): number for text, number in receive_next.items()}
+        self._flush()
+
+    def attached(self) -> None:
+        """The container is on the network: everything goes in from now on."""
+        self._is_attached = True
         self._flush()
 
     def put(self, packet: bytes) -> None:
         if len(packet) < VNET_HEADER_BYTES + ETHERNET_BYTES:
             raise RemoteProtocolError(f"a packet of {len(packet)} bytes has no Ethernet header")
         self.packets += 1
-        if self._socket is None or self._receive_next is None:
+        if not self._inject(packet):
             self._held.put(packet)
-        else:
-            self._lost += not capture.inject(self._socket, packet)
 
     @property
     def dropped(self) -> int:
@@ -139,12 +154,20 @@ class PacketSink:
             self._socket.close()
             self._socket = None
 
-    def _flush(self) -> None:
+    def _inject(self, packet: bytes) -> bool:
+        """False: it has to wait."""
         if self._socket is None or self._receive_next is None:
-            return
+            return False
+        if not self._is_attached and is_answered_at_once(packet, self._receive_next):
+            return False
+        if not is_stale_segment(packet, self._receive_next):
+            self._lost += not capture.inject(self._socket, packet)
+        return True
+
+    def _flush(self) -> None:
         for packet in self._held.take():
-            if not is_stale_segment(packet, self._receive_next):
-                self._lost += not capture.inject(self._socket, packet)
+            if not self._inject(packet):
+                self._held.put(packet)
 
 
 def _connection(text: str) -> Connection:

@@ -48,6 +48,8 @@ class TargetStream(Stream):
             case base.StreamInject():
                 (fd,) = self._service.take_fds(1)
                 self._packets.set_socket(fd)
+            case base.StreamAttached():
+                self._packets.attached()
             case _:
                 raise LocalProtocolError(f"{type(record).__name__} is not for the target's stream")
 

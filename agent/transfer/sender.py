@@ -25,8 +25,6 @@ from protocol.messages import LinkHello
 from protocol.pages import PageBatch, PageCodec, encode_batch
 
 BATCH_BYTES = 1 << 20
-# In the freeze: small enough that the target writes one while the next is read.
-FINAL_BATCH_BYTES = 1024 << 10
 # Frames of the engine that wait here; beyond it is left in the socket, where the engine feels it.
 _MAX_QUEUED_BYTES = 4 << 20
 _NUMBER_BYTES = 4
@@ -204,8 +202,7 @@ class SourceStream(Stream):
         if reader is None:
             raise LocalProtocolError(f"task {request.task} was not opened")
         self._note_start()
-        batch_bytes = FINAL_BATCH_BYTES if request.final else BATCH_BYTES
-        for wanted in cut_runs(request.starts, request.sizes, batch_bytes):
+        for wanted in cut_runs(request.starts, request.sizes, BATCH_BYTES):
             sent_bytes = self._send_batch(reader, request, wanted)
             start_s = time.monotonic()
             await self._live_link().drain()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import struct
 import time
 from collections.abc import Coroutine
@@ -116,6 +117,19 @@ def test_containers_are_listed_with_pid_memory_and_state(rig: Rig, counter: Cont
     assert (found.status, found.pid, found.runtime) == ("running", counter.pid_in_host, "runc")
     assert (found.processes, found.bundle, found.migration) == (1, str(counter.bundle), "")
     assert found.memory_bytes > 0
+
+
+def test_a_running_container_is_inspected_and_not_stopped(rig: Rig, counter: Container):
+    (answer,) = ask(rig, m.InspectContainer(container="counter"))
+    assert isinstance(answer, m.ContainerReportReply), answer
+    report = answer.report
+    assert (report.refusals, report.processes, report.threads) == ([], 1, 1)
+    assert (report.pid, report.bundle, report.status) == (counter.pid_in_host, str(counter.bundle), "running")
+    assert report.executable in {file.path for file in report.files}
+    assert all(file.size > 0 for file in report.files)
+    assert (report.network.kind, report.network.path) == ("namespace", "/run/netns/counter")
+    assert report.monotonic_offset_ns == 0
+    assert json.loads(report.config_json)["process"]["args"] == ["sleep", "600"]
 
 
 def test_a_container_under_migration_is_listed_with_its_id(rig: Rig, counter: Container):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from agent.engine.native.tracee import Tracee
+from agent.engine.native.tracee import Tracee, leader_of
 from agent.kernel import procfs, ptrace, waiting
 from agent.kernel.ptrace import Option
 from agent.kernel.types import Pid, Tid
@@ -27,12 +27,12 @@ class FrozenProcess:
 
     @property
     def leader(self) -> Tracee:
-        return self.tracees[Tid(self.pid)]
+        return self.tracees[leader_of(self.pid)]
 
     @property
     def threads(self) -> list[Tracee]:
         """The leader first, then by number."""
-        return sorted(self.tracees.values(), key=lambda t: (t.tid != t.pid, t.tid))
+        return sorted(self.tracees.values(), key=lambda t: (not t.is_leader, t.tid))
 
     def still_frozen(self) -> bool:
         """Whether it is the same stop, unbroken: every thread stands, and there is no thread that we did not stop."""
@@ -47,7 +47,7 @@ class FrozenProcess:
 
         Threads that died meanwhile are passed over. Raises: KernelError: the first failure, after all were tried.
         """
-        _release([t for t in self.threads[::-1]])
+        _release(self.threads[::-1])
         self.tracees.clear()
 
 
@@ -112,7 +112,7 @@ def _explain_refusal(tracee: Tracee, error: KernelError) -> None:
         status = procfs.read_status(tracee.pid, tracee.tid)
     except TaskGoneError:
         return
-    if status.state in {"Z", "X"} and tracee.tid != tracee.pid:
+    if status.state in {"Z", "X"} and not tracee.is_leader:
         return
     if status.state in {"Z", "X"}:
         raise UnsupportedError(

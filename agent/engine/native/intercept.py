@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO
 
-from agent.engine.native.tracee import Tracee, default_options
+from agent.engine.native.tracee import Tracee, default_options, leader_of
 from agent.kernel import pidfd, procfs, ptrace, waiting
 from agent.kernel.ptrace import Event, Option, WaitKind, WaitStatus
 from agent.kernel.types import Fd, Pid, Tid
@@ -33,6 +33,7 @@ class InterceptedProcess:
 
     tracee: Tracee
     starter: subprocess.Popen[bytes]
+    start_argv: Sequence[str]
     output: IO[bytes]
 
     def starter_output(self) -> str:
@@ -48,7 +49,7 @@ class InterceptedProcess:
             return self.starter.wait(timeout_s)
         except subprocess.TimeoutExpired as error:
             raise MigrateError(
-                f"`{' '.join(map(str, self.starter.args))}` has not returned after {timeout_s} s: {self.starter_output()}",
+                f"`{' '.join(self.start_argv)}` has not returned after {timeout_s} s: {self.starter_output()}",
                 code="start-hangs",
             ) from error
 
@@ -76,7 +77,7 @@ def intercept_exec(
         assert pump.starter is not None
         undo.pop_all()
         os.close(init)
-        return InterceptedProcess(tracee, pump.starter, output)
+        return InterceptedProcess(tracee, pump.starter, start_argv, output)
 
 
 class _Pump:
@@ -88,6 +89,7 @@ class _Pump:
         self.deadline = deadline
         self.output = output
         self.known: set[Tid] = set()
+        self.start_argv: Sequence[str] = ()
         self.starter: subprocess.Popen[bytes] | None = None
 
     def seize_all(self, options: Option) -> None:
@@ -100,9 +102,8 @@ class _Pump:
                     self.known.discard(tid)
 
     def start(self, argv: Sequence[str]) -> None:
-        self.starter = subprocess.Popen(
-            list(argv), stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output
-        )
+        self.start_argv = argv
+        self.starter = subprocess.Popen(list(argv), stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output)
 
     def run_to_exec(self) -> None:
         with waiting.child_signals():
@@ -133,7 +134,7 @@ class _Pump:
         tid = status.tid
         if status.is_gone:
             self.known.discard(tid)
-            if tid == self.pid:
+            if tid == leader_of(self.pid):
                 raise TaskGoneError(f"container init {self.pid} ended before its exec: {self._said()}")
             return False
         if status.event == Event.EXEC:
@@ -163,7 +164,7 @@ class _Pump:
         code = self.starter.poll()
         if code:
             raise MigrateError(
-                f"`{' '.join(map(str, self.starter.args))}` failed with status {code}: {self._said()}",
+                f"`{' '.join(self.start_argv)}` failed with status {code}: {self._said()}",
                 code="start-failed",
             )
 

@@ -65,6 +65,9 @@ class TargetEngine:
         if self._pidfd >= 0:
             with contextlib.suppress(TaskGoneError):
                 pidfd.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                if self.stage is Stage.COMPLETE:
+                    # A frozen task dies when it is thawed, without another instruction of its program.
+                    self._freezer.thaw()
             os.close(self._pidfd)
             self._pidfd = -1
         if self._intercepted is not None:

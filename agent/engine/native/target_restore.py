@@ -66,7 +66,8 @@ class FinalRestore:
             raise RemoteProtocolError("complete, but no state came")
         task = self._task
         task.close()
-        process.restore_from_outside(state.attributes, task.pid)
+        task.run(4096, lambda plan: process.restore_limits(state.attributes, task.pid, plan))
+        process.restore_oom_score(state.attributes, task.pid)
         for thread, tracee in zip(state.threads, self._tracees, strict=True):
             scheduling.restore(thread.scheduling, tracee.tid)
         self._restore_ignored_trap(state)

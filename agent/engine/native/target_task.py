@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from agent.arch import current
 from agent.engine import base
@@ -98,7 +98,7 @@ class TargetTask:
         plan = self._plan(256)
         vdso.move(here, start, plan)
         address = self.remote.syscall_address
-        self._run(plan)
+        self._run_plan(plan)
         self.remote.syscall_address = address - here.start + start
 
     # ------------------------------------------------------------ memory
@@ -113,15 +113,15 @@ class TargetTask:
         for first in range(0, len(difference.make), _CALLS_AT_ONCE):
             plan = self._plan(65536)
             opened = layout.plan_opening(difference.make[first : first + _CALLS_AT_ONCE], plan)
-            self._run(plan)
+            self._run_plan(plan)
             plan = self._plan(65536)
             layout.plan_mapping(difference.make[first : first + _CALLS_AT_ONCE], opened(), plan)
-            self._run(plan)
+            self._run_plan(plan)
         hints = layout.hints(self._areas, difference, areas)
         for first in range(0, len(hints), _CALLS_AT_ONCE):
             plan = self._plan(65536)
             layout.plan_hints(hints[first : first + _CALLS_AT_ONCE], plan)
-            self._run(plan)
+            self._run_plan(plan)
         self._areas = list(areas)
 
     def _check_areas(self, areas: Sequence[Area]) -> None:
@@ -209,7 +209,13 @@ class TargetTask:
         self.remote.reset()
         return CallPlan(self.remote.reserve(size_bytes), size_bytes)
 
-    def _run(self, plan: CallPlan) -> None:
+    def run(self, size_bytes: int, add: Callable[[CallPlan], None]) -> None:
+        """Run what `add` plans in the leader, with an arena of `size_bytes`."""
+        plan = self._plan(size_bytes)
+        add(plan)
+        self._run_plan(plan)
+
+    def _run_plan(self, plan: CallPlan) -> None:
         if not len(plan):
             return
         if plan.has_placed:

@@ -24,6 +24,11 @@ def default_options() -> Option:
     return Option.TRACESYSGOOD | suspend
 
 
+def leader_of(pid: int) -> Tid:
+    """The main thread of a process has the process's number."""
+    return Tid(pid)
+
+
 def signal_of(siginfo: bytes) -> int:
     """si_signo"""
     return int(struct.unpack_from("=i", siginfo)[0])
@@ -48,6 +53,10 @@ class Tracee:
 
     def __repr__(self) -> str:
         return f"Tracee(tid={self.tid}, pid={self.pid})"
+
+    @property
+    def is_leader(self) -> bool:
+        return self.tid == leader_of(self.pid)
 
     def seize(self, options: Option | None = None) -> None:
         """Attach and leave it running. Raises: TaskGoneError. KernelError: EPERM, another traces it."""

@@ -330,11 +330,13 @@ def test_a_connecting_socket_connects_from_the_target(lan, puppets):
 
 def test_sockets_without_a_connection_keep_their_address(lan, puppets):
     story = Story(lan, puppets)
-    story.source.run(f"k = socket.socket(); k.bind(({lans.ADDRESS!r}, 7002)); k.setsockopt(6, 1, 1); f = socket.socket(10)")
+    story.source.run(
+        f"k = socket.socket(); k.bind(({lans.ADDRESS!r}, 7002)); k.setsockopt(6, 1, 1); f = socket.socket(10)"
+    )
     bound, fresh = story.source.run("k.fileno(), f.fileno()")
     story.move()
     story.target.run(f"k, f = socket.socket(fileno={bound}), socket.socket(fileno={fresh})")
-    assert story.target.run("k.getsockname(), k.getsockopt(6, 1), f.family") == ((lans.ADDRESS, 7002), 1, 10)
+    assert story.target.run("k.getsockname(), k.getsockopt(6, 1), int(f.family)") == ((lans.ADDRESS, 7002), 1, 10)
     story.target.run("k.listen()")
 
 

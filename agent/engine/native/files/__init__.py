@@ -5,7 +5,7 @@
 
 from agent.engine.native.files.checking import CheckContext, FilesCheck, check
 from agent.engine.native.files.dumping import PreparedDump
-from agent.engine.native.files.restoring import RestoreContext, RestoredFiles, restore
+from agent.engine.native.files.restoring import RestoreContext, RestoredFiles, prepare_restore, restore
 from agent.engine.native.files.section import FilesSection
 from agent.engine.native.files.tcp import TcpConnection
 from agent.engine.native.files.tcp_restore import activate, leave_repair_everywhere
@@ -21,5 +21,6 @@ __all__ = [
     "activate",
     "check",
     "leave_repair_everywhere",
+    "prepare_restore",
     "restore",
 ]

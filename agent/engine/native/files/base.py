@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -25,6 +26,8 @@ from protocol.messages import Refusal
 CREATION_FLAGS = os.O_CREAT | os.O_EXCL | os.O_NOCTTY | os.O_TRUNC
 # O_LARGEFILE as a 64-bit kernel reports it (asm-generic/fcntl.h); os.O_LARGEFILE is 0 there.
 O_LARGEFILE = 0o100000
+# What a look at a descriptor of a running process may fail with: it was closed, or its connection ended, just now.
+PASSING_ERRORS = frozenset({errno.EBADF, errno.ENOENT, errno.ENOTCONN})
 # Status flags that F_SETFL can change on an open file.
 SETTABLE_FLAGS = os.O_APPEND | os.O_NONBLOCK | os.O_ASYNC | os.O_NOATIME
 
@@ -78,6 +81,10 @@ class OpenFile:
     def inode(self) -> int:
         """Of a pipe or socket: its identity on this host."""
         return self.status.st_ino
+
+    def at(self, number: int, flags: int) -> OpenFile:
+        """The same open file, seen again under `number`."""
+        return OpenFile(number, number, self.link, flags, self.offset, self.mount_id, self.lines, self.status)
 
     def fields(self) -> dict[str, str]:
         """The lines `name: value` of fdinfo, behind the common ones."""
@@ -258,6 +265,16 @@ class PreparedSocket:
     negotiated: int = 0  # TCP: tcpi_options
 
 
+@dataclass(frozen=True, slots=True)
+class MadeAhead:
+    """A socket in repair mode, made before the freeze, and what was given to it."""
+
+    sock: socket.socket
+    family: int
+    local: Address
+    options: list[Option]
+
+
 @dataclass(slots=True)
 class Workshop:
     """Where the target's objects are made: in the agent, in the container's network namespace, seen from its root."""
@@ -267,7 +284,7 @@ class Workshop:
     stdio: dict[int, int] = field(default_factory=dict)  # role -> our duplicate of what the runtime gave
     pairs: dict[str, tuple[int, int]] = field(default_factory=dict)  # 'pipe:1' -> both ends, until all are placed
     made: dict[int, int] = field(default_factory=dict)  # object id -> our descriptor
-    prepared_sockets: dict[int, socket.socket] = field(default_factory=dict)  # object id -> made before the freeze
+    prepared_sockets: dict[int, MadeAhead] = field(default_factory=dict)  # object id -> made before the freeze
 
     def open_path(self, path: str, flags: int) -> int:
         """Open a path of the container as the container would find it. Raises: KernelError."""
@@ -281,8 +298,8 @@ class Workshop:
         self.made.clear()
         self.stdio.clear()
         self.pairs.clear()
-        for sock in self.prepared_sockets.values():
-            sock.close()
+        for ahead in self.prepared_sockets.values():
+            ahead.sock.close()
         self.prepared_sockets.clear()
         if self.root_fd >= 0:
             os.close(self.root_fd)

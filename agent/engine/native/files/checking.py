@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from agent.engine.native.files import registry, regular_files, tcp
-from agent.engine.native.files.base import Scope
+from agent.engine.native.files.base import PASSING_ERRORS, Scope
 from agent.engine.native.files.table import read_table
 from protocol.errors import KernelError
 from protocol.messages import Refusal
@@ -32,6 +32,12 @@ class FilesCheck:
 
 def check(context: CheckContext) -> FilesCheck:
     """Every refusal at once. Raises: TaskGoneError, KernelError."""
+    found = _look(context)
+    # A running process changes its table under our eyes: what is refused must be there at a second look too.
+    return _look(context) if found.refusals else found
+
+
+def _look(context: CheckContext) -> FilesCheck:
     scope = Scope.open(context.pid, context.tcp_mode, context.storage)
     try:
         scope.set_files(read_table(scope))
@@ -46,16 +52,11 @@ def check(context: CheckContext) -> FilesCheck:
                     paths.add(regular_files.path_in_container(file, scope))
                 if kind is tcp and tcp.read_state(scope.hold_socket(file).sock) in tcp.CONNECTED:
                     connections += 1
-            except KernelError:
-                if _is_still_open(file.fd, scope):
+            except (KernelError, OSError) as error:
+                if error.errno not in PASSING_ERRORS:
                     raise
         return FilesCheck(
             refusals=refusals, paths=sorted(paths), connections=connections, warnings=list(scope.warnings)
         )
     finally:
         scope.close()
-
-
-def _is_still_open(number: int, scope: Scope) -> bool:
-    """Whether what failed is not just a descriptor that the running process has closed meanwhile."""
-    return any(number == other for file in read_table(scope) for other, _ in file.numbers)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 from typing import Self
 
-from agent.engine.native.files import registry, tcp
-from agent.engine.native.files.base import Descriptor, ObjectRecord, OpenFile, PreparedSocket, Scope, SocketKind
+from agent.engine.native.files import registry, regular_files, tcp
+from agent.engine.native.files.base import (
+    PASSING_ERRORS,
+    Descriptor,
+    ObjectRecord,
+    OpenFile,
+    PreparedSocket,
+    Scope,
+    SocketKind,
+)
+from agent.engine.native.files.checking import CheckContext, check
 from agent.engine.native.files.section import FilesSection
 from agent.engine.native.files.socket_options import Template
 from agent.engine.native.files.table import read_table, reread_table
@@ -31,7 +39,7 @@ class PreparedDump:
     def prepare(cls, pid: int, tcp_mode: str = "keep", storage: str = "none") -> Self:
         """Read the table, take the sockets, read what is static of them. Nothing is changed.
 
-        Raises: TaskGoneError, KernelError.
+        Raises: UnsupportedError: something came since `check` that cannot be carried. TaskGoneError, KernelError.
         """
         scope = Scope.open(pid, tcp_mode, storage)
         try:
@@ -41,8 +49,10 @@ class PreparedDump:
                 template.prepare()
             made = cls(scope, template)
             scope.set_files(read_table(scope))
-            for file in scope.files:
-                made._prepare_running(file)
+            found = [made._prepare_running(file) for file in scope.files]
+            if any(found):
+                # Once more and by itself: the process runs, and may just have been changing its table.
+                _refuse(check(CheckContext(pid=pid, tcp_mode=tcp_mode, storage=storage)).refusals)
             scope.release_files()
         except BaseException:
             scope.close()
@@ -55,9 +65,9 @@ class PreparedDump:
         Raises: UnsupportedError: something new, or a state, that cannot be carried. TransientStateError: try again.
         """
         scope = self._scope
-        before = {(file.fd, file.link) for file in scope.files}
+        before = {(file.fd, file.link, file.flags) for file in scope.files}
         scope.set_files(reread_table(scope, scope.files))
-        objects = [self._dump_one(file, is_new=(file.fd, file.link) not in before) for file in scope.files]
+        objects = [self._dump_one(file, is_new=(file.fd, file.link, file.flags) not in before) for file in scope.files]
         scope.release_files()
         self._connections = sum(isinstance(record, tcp.TcpConnection) for record in objects)
         return FilesSection(
@@ -86,12 +96,16 @@ class PreparedDump:
         self._sockets.clear()
         self._scope.close()
 
-    def _prepare_running(self, file: OpenFile) -> None:
+    def _prepare_running(self, file: OpenFile) -> list[Refusal]:
+        """What the running process closes or loses while we look is left for the freeze."""
         try:
-            self._prepare_socket(file)
-        except KernelError as error:
-            if error.errno != errno.EBADF:  # closed meanwhile
+            found = self._prepare_socket(file)
+            kind = registry.find_kind(file, self._scope) if found is None else found[0]
+            return kind.check(file, self._scope)
+        except (KernelError, OSError) as error:
+            if error.errno not in PASSING_ERRORS:
                 raise
+            return []
 
     def _prepare_socket(self, file: OpenFile) -> tuple[SocketKind, PreparedSocket] | None:
         kind = registry.find_socket_kind(file, self._scope)
@@ -115,7 +129,7 @@ class PreparedDump:
                     _refuse(kind.check(file, scope))
                 return kind.dump(file, scope, prepared)
         plain = registry.find_kind(file, scope)
-        if is_new:
+        if is_new or plain is regular_files:
             _refuse(plain.check(file, scope))
         return plain.dump(file, scope)
 

@@ -7,9 +7,9 @@ errors and hang-ups. Refused: entries whose descriptor was closed or replaced wh
 from __future__ import annotations
 
 import os
+import re
 import select
 import struct
-from collections.abc import Iterable
 
 import msgspec
 
@@ -18,6 +18,7 @@ from agent.engine.native.files.calls import is_epoll_target
 from protocol.messages import Refusal
 
 EPOLL_CTL_ADD = 1
+_ENTRY = re.compile(r"^tfd: *(\d+) +events: *([0-9a-f]+) +data: *([0-9a-f]+) +pos:\S+ +ino:([0-9a-f]+)", re.MULTILINE)
 
 
 class EpollEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True):
@@ -39,24 +40,20 @@ def matches(file: OpenFile, scope: Scope) -> bool:  # noqa: ARG001 - the interfa
     return file.link == "anon_inode:[eventpoll]"
 
 
-def _parse(line: str) -> tuple[EpollEntry, int]:
-    """An entry and the inode of what it watches.   Source: proc_pid_fdinfo(5), `tfd: N events: X data: X pos: ino:X`."""
-    words = line.replace(":", " ").split()
-    values = dict(zip(words[::2], words[1::2], strict=True))
-    entry = EpollEntry(target=int(values["tfd"]), events=int(values["events"], 16), data=int(values["data"], 16))
-    return entry, int(values["ino"], 16)
+def _entries(file: OpenFile) -> list[tuple[EpollEntry, int]]:
+    """Entries, and the inode of what each watches.   Source: proc_pid_fdinfo(5)."""
+    return [
+        (EpollEntry(target=int(target), events=int(events, 16), data=int(data, 16)), int(inode, 16))
+        for target, events, data, inode in _ENTRY.findall("\n".join(file.lines))
+    ]
 
 
-def _entries(file: OpenFile) -> Iterable[tuple[EpollEntry, int]]:
-    return (_parse(line) for line in file.lines if line.startswith("tfd:"))
-
-
-def _stale(file: OpenFile, scope: Scope) -> list[int]:
+def _stale(entries: list[tuple[EpollEntry, int]], file: OpenFile, scope: Scope) -> list[int]:
     """Numbers in the interest list that are closed, or are another open file than the one watched."""
     by_number = {number: other for other in scope.files for number, _ in other.numbers}
     stale = []
     seen: set[int] = set()
-    for entry, inode in _entries(file):
+    for entry, inode in entries:
         now = by_number.get(entry.target)
         if (
             now is None
@@ -71,7 +68,7 @@ def _stale(file: OpenFile, scope: Scope) -> list[int]:
 
 def check(file: OpenFile, scope: Scope) -> list[Refusal]:
     """Every entry must be a descriptor that is still open."""
-    stale = _stale(file, scope)
+    stale = _stale(_entries(file), file, scope)
     if stale:
         return [scope.refusal(file, "epoll-stale", f"it watches closed descriptors that have duplicates: {stale}")]
     return []
@@ -79,10 +76,11 @@ def check(file: OpenFile, scope: Scope) -> list[Refusal]:
 
 def dump(file: OpenFile, scope: Scope) -> Epoll:
     """The interest list. Raises: UnsupportedError: a stale entry."""
-    stale = _stale(file, scope)
+    entries = _entries(file)
+    stale = _stale(entries, file, scope)
     if stale:
         raise scope.refuse(file, "epoll-stale", f"it watches closed descriptors that have duplicates: {stale}")
-    return Epoll(id=file.id, flags=status_flags(file.flags), entries=[entry for entry, _ in _entries(file)])
+    return Epoll(id=file.id, flags=status_flags(file.flags), entries=[entry for entry, _ in entries])
 
 
 def restore(record: Epoll, workshop: Workshop) -> int:  # noqa: ARG001 - the interface of all kinds

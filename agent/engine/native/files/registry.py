@@ -9,6 +9,7 @@ from agent.engine.native.files import (
     devices,
     epoll,
     eventfd,
+    netlink_sockets,
     pipes,
     regular_files,
     signalfd,
@@ -18,6 +19,7 @@ from agent.engine.native.files import (
     tcp_restore,
     tcp_unconnected,
     timerfd,
+    udp,
     unix_sockets,
     unsupported,
 )
@@ -25,6 +27,7 @@ from agent.engine.native.files.base import Kind, ObjectRecord, OpenFile, Scope, 
 from agent.engine.native.files.devices import MemoryDevice
 from agent.engine.native.files.epoll import Epoll
 from agent.engine.native.files.eventfd import EventFd
+from agent.engine.native.files.netlink_sockets import NetlinkSocket
 from agent.engine.native.files.pipes import PipeEnd
 from agent.engine.native.files.regular_files import RegularFile
 from agent.engine.native.files.signalfd import SignalFd
@@ -33,19 +36,21 @@ from agent.engine.native.files.tcp import TcpConnection
 from agent.engine.native.files.tcp_listen import TcpListener
 from agent.engine.native.files.tcp_unconnected import TcpClosed, TcpOver
 from agent.engine.native.files.timerfd import TimerFd
+from agent.engine.native.files.udp import UdpSocket
 from agent.engine.native.files.unix_sockets import UnixSocket
 
 ObjectOnWire = (
     RegularFile | MemoryDevice | ExternalStdio | PipeEnd | EventFd | TimerFd | SignalFd | Epoll
-    | TcpListener | TcpConnection | TcpClosed | TcpOver | UnixSocket
+    | TcpListener | TcpConnection | TcpClosed | TcpOver | UdpSocket | UnixSocket
+    | NetlinkSocket
 )  # fmt: skip
 
 # The first that matches has it; the last matches all.
 _KINDS: tuple[Kind, ...] = (
-    devices, pipes, eventfd, timerfd, signalfd, epoll, stdio, regular_files, unsupported,
+    devices, pipes, eventfd, timerfd, signalfd, epoll, netlink_sockets, stdio, regular_files, unsupported,
 )  # fmt: skip
 # Asked first for every socket: much of them is read before the freeze.
-_SOCKET_KINDS: tuple[SocketKind, ...] = (tcp_listen, tcp, unix_sockets)
+_SOCKET_KINDS: tuple[SocketKind, ...] = (tcp_listen, tcp, udp, unix_sockets)
 
 _RESTORE: dict[type[ObjectRecord], Callable[[Any, Workshop], int]] = {
     RegularFile: regular_files.restore,
@@ -59,6 +64,8 @@ _RESTORE: dict[type[ObjectRecord], Callable[[Any, Workshop], int]] = {
     TcpListener: tcp_listen.restore,
     TcpClosed: tcp_unconnected.restore_closed,
     TcpOver: tcp_unconnected.restore_over,
+    UdpSocket: udp.restore,
+    NetlinkSocket: netlink_sockets.restore,
     TcpConnection: tcp_restore.restore,
 }
 

@@ -60,6 +60,24 @@ def restore(section: FilesSection, context: RestoreContext, workshop: Workshop |
     return _outcome(section, context.pid)
 
 
+def prepare_restore(section: FilesSection, context: RestoreContext) -> Workshop:
+    """Before the freeze: sockets of the connections in `section` (its contents do not matter) made, bound, options set.
+
+    What comes of it goes to `restore`, or is closed. A connection that is another by then is made anew.
+    Raises: KernelError.
+    """
+    workshop = open_workshop(context)
+    try:
+        with in_network_namespace(context.network_namespace or f"/proc/{context.pid}/ns/net"):
+            for record in section.objects:
+                if isinstance(record, TcpConnection):
+                    workshop.prepared_sockets[record.id] = tcp_restore.make_ahead(record)
+    except BaseException:
+        workshop.close()
+        raise
+    return workshop
+
+
 def open_workshop(context: RestoreContext) -> Workshop:
     """With our own duplicates of what the target's runtime gave the container."""
     workshop = Workshop(pid=context.pid, root_fd=open_root_of(context.pid))

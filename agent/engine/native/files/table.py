@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import replace
 
 from agent.engine.native.files.base import OpenFile, Scope
 from agent.engine.native.files.calls import Order, compare_open_files, is_same_open_file, read_small
@@ -109,7 +108,7 @@ def reread_table(scope: Scope, before: list[OpenFile]) -> list[OpenFile]:
         held = scope.held_socket(old.inode) if old is not None else None
         if old is not None and held is not None and is_same_open_file(scope.pid, number, own_pid, held.sock.fileno()):
             flags = read_flags(scope.pid, number)
-            file = replace(old, id=number, fd=number, flags=flags & ~os.O_CLOEXEC, numbers=[])
+            file = old.at(number, flags & ~os.O_CLOEXEC)
             kept.add(old.inode)
             reader.add(file, number, cloexec=bool(flags & os.O_CLOEXEC))
         else:

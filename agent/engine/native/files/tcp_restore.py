@@ -9,7 +9,7 @@ import time
 
 from agent.engine.base import RepairedSocket
 from agent.engine.native.files import tcp
-from agent.engine.native.files.base import Workshop, set_flags
+from agent.engine.native.files.base import MadeAhead, Workshop, set_flags
 from agent.engine.native.files.fin import send_fin
 from agent.engine.native.files.socket_options import (
     SO_SNDBUFFORCE,
@@ -34,10 +34,22 @@ _FIN_TIMEOUT_S = 0.5
 
 def restore(record: TcpConnection, workshop: Workshop) -> int:
     """The connection, still in repair mode, in the thread's network namespace. Raises: KernelError."""
-    sock = workshop.prepared_sockets.pop(record.id, None) or make(record)
-    with sock:
+    ahead = workshop.prepared_sockets.pop(record.id, None)
+    if ahead is not None and (ahead.family, ahead.local, ahead.options) != (
+        record.family,
+        record.local,
+        record.options,
+    ):
+        ahead.sock.close()
+        ahead = None
+    with make(record) if ahead is None else ahead.sock as sock:
         fill(sock, record)
         return sock.detach()
+
+
+def make_ahead(record: TcpConnection) -> MadeAhead:
+    """For `prepare_restore`."""
+    return MadeAhead(sock=make(record), family=record.family, local=record.local, options=record.options)
 
 
 def make(record: TcpConnection) -> socket.socket:

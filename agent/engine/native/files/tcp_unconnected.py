@@ -1,4 +1,4 @@
-"""TCP sockets without a connection: fresh, bound, connecting, or with a connection that is over or was cut by --tcp close.
+"""TCP sockets without a connection: fresh, bound, connecting, or with one that is over or was cut by --tcp close.
 
 Does not survive: the handshake of a connecting socket starts over; the addresses of a connection that is over; a
 connection under --tcp close: the program sees it reset.
@@ -11,7 +11,15 @@ import select
 import socket
 import struct
 
-from agent.engine.native.files.base import ObjectRecord, OpenFile, PreparedSocket, Scope, Workshop, set_flags, status_flags
+from agent.engine.native.files.base import (
+    ObjectRecord,
+    OpenFile,
+    PreparedSocket,
+    Scope,
+    Workshop,
+    set_flags,
+    status_flags,
+)
 from agent.engine.native.files.socket_options import Address, Buffers, Option, bind, set_buffers, set_options
 from agent.kernel.procfs import read_proc
 from agent.kernel.syscalls import os_failure

@@ -119,10 +119,10 @@ def _bind(sock: socket.socket, record: UnixSocket, workshop: Workshop) -> None:
                 _remove_left_over(record.name)
             sock.bind(record.name)
             if is_path and record.file is None:
-                os.unlink(record.name)  # it was unlinked while in use
+                os.unlink(record.name)  # noqa: PTH108 - bytes of sun_path; it was unlinked while in use
             elif record.file is not None:
                 os.chown(record.name, record.file.uid, record.file.gid)
-                os.chmod(record.name, record.file.mode)
+                os.chmod(record.name, record.file.mode)  # noqa: PTH101 - bytes of sun_path
     except OSError as error:
         raise KernelError(
             f"bind({os.fsdecode(record.name)!r})", error.errno or 0, error.strerror or "", hint="is the name taken?"
@@ -138,7 +138,7 @@ def _remove_left_over(name: bytes) -> None:
         return
     if not stat.S_ISSOCK(mode):
         raise UnsupportedError(f"{os.fsdecode(name)} is no socket on this host", code="file-differs")
-    os.unlink(name)
+    os.unlink(name)  # noqa: PTH108 - bytes of sun_path
 
 
 def _finish(

@@ -243,7 +243,7 @@ def _peek_all(file: OpenFile, scope: Scope, sock: socket.socket, facts: UnixFact
             )
         if kind != socket.SOCK_STREAM and sender:
             raise TransientStateError(
-                f"process {scope.container_pid}, fd {file.fd}: a message that names its sender ({sender!r}) is in the queue"
+                f"process {scope.container_pid}, fd {file.fd}: a message that names its sender ({sender!r}) waits"
             )
         if not data and has_end:
             return messages

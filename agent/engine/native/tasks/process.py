@@ -7,24 +7,25 @@ Does not survive: a working directory that was deleted (refused); accounting (CP
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 import struct
+from pathlib import Path
 
 from agent.engine.native.tasks.plan import CallPlan, Later
 from agent.engine.native.tasks.procfile import ProcFile
 from agent.kernel.process import PR_SET_MM_MAP, Prctl
 from agent.kernel.procfs import TaskStatus, read_link, read_proc, read_stat
+from agent.kernel.syscalls import os_failure
 from agent.kernel.unistd import SYS
-from protocol.errors import KernelError, UnsupportedError
 from protocol.messages import Record, Refusal
 
 _DUMPABLE_BY_ROOT = 2
 _NO_FILE = 0xFFFFFFFF
 # struct prctl_mm_map: eleven addresses, pointer to auxv, its size, descriptor of the exe.
 _MM_MAP = struct.Struct("<11QQII")
-_LIMITS = range(16)
+_WORD = (1 << 64) - 1
+_LIMIT_NAME_COLUMNS = 26
 
 
 class MemoryMap(Record, kw_only=True):
@@ -131,8 +132,20 @@ def dump(files: ProcessFiles, status: TaskStatus, plan: CallPlan) -> Later[Proce
 
 
 def read_limits(pid: int) -> list[Limit]:
-    """All resource limits, in the order of their numbers."""
-    return [Limit(soft=soft, hard=hard) for soft, hard in (resource.prlimit(pid, number) for number in _LIMITS)]
+    """All resource limits, in the order of their numbers.
+
+    prlimit(2) on a process of another user needs CAP_SYS_RESOURCE; the file does not.   Source: proc_pid_limits(5).
+    """
+    lines = os.fsdecode(read_proc(f"/proc/{pid}/limits")).splitlines()[1:]
+    limits = []
+    for line in lines:
+        soft, hard = line[_LIMIT_NAME_COLUMNS:].split()[:2]
+        limits.append(Limit(soft=_limit(soft), hard=_limit(hard)))
+    return limits
+
+
+def _limit(text: str) -> int:
+    return -1 if text == "unlimited" else int(text)
 
 
 def restore(record: ProcessAttributes, plan: CallPlan) -> None:
@@ -168,25 +181,27 @@ def restore_dumpable(record: ProcessAttributes, plan: CallPlan) -> None:
     plan.must("prctl(PR_SET_DUMPABLE)", SYS.prctl, Prctl.SET_DUMPABLE, value, 0, 0, 0)
 
 
-def restore_from_outside(record: ProcessAttributes, pid: int) -> None:
-    """Limits and OOM score, set by us. Raises: UnsupportedError, KernelError."""
+def restore_limits(record: ProcessAttributes, pid: int, plan: CallPlan) -> None:
+    """Set what differs: from outside, which may raise a limit, else by the process itself, which may lower its own."""
     for number, (wanted, now) in enumerate(zip(record.limits, read_limits(pid), strict=True)):
         if wanted == now:
             continue
         try:
             resource.prlimit(pid, number, (wanted.soft, wanted.hard))
-        except (PermissionError, ValueError) as error:
-            raise UnsupportedError(
-                f"resource limit {number} cannot be set to {wanted.soft} (hard {wanted.hard}) on the target, "
-                f"where it is {now.soft} (hard {now.hard}): {error}",
-                code="rlimit", hint="give the target's agent CAP_SYS_RESOURCE, or set the limit in config.json",
-            ) from error  # fmt: skip
+        except (PermissionError, ValueError):
+            value = struct.pack("<QQ", wanted.soft & _WORD, wanted.hard & _WORD)
+            plan.must(
+                f"prlimit(resource {number}, soft {wanted.soft}, hard {wanted.hard})", SYS.prlimit64, 0, number,
+                plan.place(value), 0,
+            )  # fmt: skip
+
+
+def restore_oom_score(record: ProcessAttributes, pid: int) -> None:
+    """From outside. Raises: KernelError: lowering it needs CAP_SYS_RESOURCE."""
     path = f"/proc/{pid}/oom_score_adj"
-    with contextlib.suppress(FileNotFoundError), open(path, "r+", encoding="ascii") as file:  # noqa: PTH123
-        if int(file.read()) != record.oom_score_adj:
-            file.seek(0)
-            try:
-                file.write(str(record.oom_score_adj))
-                file.flush()
-            except OSError as error:
-                raise KernelError(f"write {record.oom_score_adj} to {path}", error.errno or 0, error.strerror or "") from error
+    if int(read_proc(path)) == record.oom_score_adj:
+        return
+    try:
+        Path(path).write_text(str(record.oom_score_adj), encoding="ascii")
+    except OSError as error:
+        raise os_failure(f"write {record.oom_score_adj} to {path}", error) from error
