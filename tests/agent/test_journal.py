@@ -271,23 +271,26 @@ for n in itertools.count():
 
 def test_two_processes_share_it_and_one_gets_the_lock(tmp_path: Path):
     program = """
-import pathlib, sys
+import itertools, pathlib, sys
 from agent.journal import Journal
 from protocol.errors import BusyError
 from protocol.states import Event, Side
 sys.stdin.readline()
 journal = Journal(pathlib.Path(sys.argv[1]))
-won = 0
-for n in range(30):
+won = busy = 0
+for n in itertools.count():
+    if won == 20:  # nobody promises turns: each goes on until it had its share
+        break
     name = f"m-{sys.argv[2]}-{n}"
     try:
         journal.begin(migration=name, side=Side.SOURCE, epoch=1, container="web1", peer="", coordinator="")
     except BusyError:
+        busy += 1
         continue
     assert [e.migration for e in journal.entries(unfinished_only=True)] == [name]
     journal.move(name, Side.SOURCE, Event.ABORT)
     won += 1
-print(won)
+print(busy)
 """
     agents = [
         subprocess.Popen(
@@ -301,9 +304,9 @@ print(won)
         assert agent.stdin is not None
         agent.stdin.write("\n")
         agent.stdin.flush()
-    won = [int(agent.communicate(timeout=30)[0]) for agent in agents]
+    busy = [int(agent.communicate(timeout=60)[0] or -1) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0]
-    assert all(won)
+    assert sum(busy) > 0  # they did meet
 
 
 def test_one_that_sees_the_others_move_may_not_make_it_again(tmp_path: Path, journal: Journal):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from tests.lab.containers import Container, ContainerHost
+from tests.lab.containers import ContainerHost
 from tests.lab.host import BIN
 from tests.lab.load import LoadReport, RedisLoad
 from tests.lab.scenario import CLOCKS_APART_S, REDIS_PORT, Scenario, two_hosts
@@ -47,7 +47,7 @@ def logs(scenario: Scenario) -> str:
     )
 
 
-def prove(scenario: Scenario, before: Container, target: ContainerHost, load: RedisLoad, port: int) -> None:
+def prove(scenario: Scenario, pids: list[int], target: ContainerHost, load: RedisLoad, port: int) -> None:
     """Everything that has to be as it was, looked at from outside."""
     time.sleep(_AFTERWARDS_S)
     report: LoadReport = load.report()
@@ -57,7 +57,7 @@ def prove(scenario: Scenario, before: Container, target: ContainerHost, load: Re
     config = json.loads((target.persist / str(after.bundle).lstrip("/") / "config.json").read_text())
     facts = {
         "the same connection": report.local_port == port,
-        "pids in the container as before": after.pids == before.pids,
+        "pids in the container as before": after.pids == pids,
         "the original config.json in the bundle": config["process"]["args"][1:3] == ["--bind", "0.0.0.0"],
         f"it runs on {target.name} and nowhere else": scenario.where("web1") == [target.name],
     }
@@ -75,7 +75,7 @@ def main() -> int:
     say("Two hosts of namespaces on this machine, joined by a LAN: hostA, hostB (each with its own network, mounts, pids,")
     say(f"cgroups, disk and a monotonic clock {CLOCKS_APART_S} s apart), an agent on each, and an operator with a client.")
     with two_hosts() as scenario:
-        container = scenario.add_redis()
+        pids = scenario.add_redis().pids
         say(f"\nA redis runs in runc container web1 on hostA; a client fills it with {_MEMORY_MB} MB, then writes and reads")
         say("over ONE TCP connection, one request each millisecond, all the time from here on.\n")
         with RedisLoad(scenario.client, f"{_IP}:{REDIS_PORT}", prefill_mb=_MEMORY_MB) as load:
@@ -85,7 +85,7 @@ def main() -> int:
                 say()
                 migrate(scenario, "container", "web1", "--to", target.name)
                 say()
-                prove(scenario, container, target, load, port)
+                prove(scenario, pids, target, load, port)
             end = load.stop()
             say(f"\nclient: done. {end.keys_read_back} acknowledged writes were read back, none is missing.")
     say(f"The demo took {time.monotonic() - started:.0f} s; nothing of it is left.")

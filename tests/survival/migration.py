@@ -78,7 +78,8 @@ class Migration:
         self.engines = {side: Engine(side) for side in ("source", "target")}
         self.pipe = StreamPipe(self.engines["source"].stream, self.engines["target"].stream)
         self.pipe.start()
-        self.restored: base.TargetRestored | None = None
+        self.restored: base.TargetRestored
+        self.downtime_ms = 0.0
 
     def __enter__(self) -> Migration:
         return self
@@ -114,7 +115,8 @@ class Migration:
             self.downtime_ms = (time.monotonic_ns() - frozen.monotonic_ns) / 1e6
             return dumped
 
-        return self._watched(run)
+        dumped: base.SourceDumped = self._watched(run)
+        return dumped
 
     def _watched(self, run: Any) -> Any:
         try:

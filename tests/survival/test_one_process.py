@@ -12,15 +12,18 @@ import pytest
 
 from agent.engine import base
 from agent.kernel.freezer import Freezer
+from tests.survival.bundle import Container
 from tests.survival.migration import EngineError, Migration
 
 pytestmark = [pytest.mark.root, pytest.mark.survival]
+
 
 def status_of(path: str) -> dict[str, str]:
     lines = (line.split(":\t", 1) for line in Path(path, "status").read_text().splitlines())
     return {line[0]: line[1] for line in lines if len(line) == 2}
 
-def wait_for_more(container, text: str, count: int = 3) -> list[str]:
+
+def wait_for_more(container: Container, text: str, count: int = 3) -> list[str]:
     """Until `count` more lines with `text` have come."""
     before = len(container.lines())
     deadline = time.monotonic() + 20
@@ -28,6 +31,7 @@ def wait_for_more(container, text: str, count: int = 3) -> list[str]:
         assert time.monotonic() < deadline, container.lines()[-5:]
         time.sleep(0.01)
     return container.lines()
+
 
 def test_a_counter_goes_on_and_its_clock_does_not_jump(yard):
     source = yard.running(yard.program("counter.py"))
@@ -41,6 +45,7 @@ def test_a_counter_goes_on_and_its_clock_does_not_jump(yard):
     assert not any("BACKWARDS" in line for line in target.lines())
     assert migration.restored.pids == [1]
 
+
 def test_fifty_waiting_threads_do_not_notice(yard):
     source = yard.running(yard.program("threads.py"))
     source.wait_line("round 10")
@@ -49,6 +54,7 @@ def test_fifty_waiting_threads_do_not_notice(yard):
         migration.move()
         lines = wait_for_more(target, "round")
     assert lines[-1].endswith("failed []")
+
 
 def test_registers_signals_timers_heap_and_limits_survive(yard):
     source = yard.running(yard.program("state.c"))
@@ -63,6 +69,7 @@ def test_registers_signals_timers_heap_and_limits_survive(yard):
     assert not [line for line in lines if line.startswith("BAD")]
     assert last == "OK delivered 2 on_stack 1"
 
+
 def test_a_restored_container_moves_again(yard):
     here = yard.running(yard.program("state.c"))
     here.wait_line("round 25")
@@ -75,6 +82,7 @@ def test_a_restored_container_moves_again(yard):
     assert not [line for line in here.lines() if line.startswith("BAD")]
     exe = Path(f"/proc/{here.pid}/cmdline").read_bytes()
     assert exe == b"/shared/state\0"
+
 
 def test_a_process_that_was_thawed_after_its_dump_is_unharmed(yard):
     source = yard.running(yard.program("state.c"))
@@ -91,6 +99,7 @@ def test_a_process_that_was_thawed_after_its_dump_is_unharmed(yard):
     (yard.shared / "deliver").touch()
     assert source.wait_line("delivered") == "OK delivered 2 on_stack 1"
 
+
 def test_a_process_whose_engine_was_killed_in_the_freeze_runs_on(yard):
     source = yard.running(yard.program("state.c"))
     source.wait_line("round 25")
@@ -102,6 +111,7 @@ def test_a_process_whose_engine_was_killed_in_the_freeze_runs_on(yard):
         Freezer.of(migration.source_pid).thaw()
         lines = wait_for_more(source, "round")
         assert not [line for line in lines if line.startswith("BAD")]
+
 
 def test_a_restored_container_survives_the_death_of_its_engine(yard):
     source = yard.running(yard.program("state.c"))
@@ -117,6 +127,7 @@ def test_a_restored_container_survives_the_death_of_its_engine(yard):
         lines = wait_for_more(target, "round")
     assert not [line for line in lines if line.startswith("BAD")]
 
+
 def test_the_shell_dies_with_its_engine(yard):
     source = yard.running(yard.program("counter.py"))
     target = yard.shell_of(source)
@@ -130,10 +141,12 @@ def test_the_shell_dies_with_its_engine(yard):
             assert time.monotonic() < deadline
         wait_for_more(source, "count", 1)
 
+
 COMPARED = (
     "Name Umask Uid Gid Groups NSpid NSpgid NSsid SigQ SigPnd ShdPnd SigBlk SigIgn SigCgt CapInh CapPrm CapEff CapBnd "
     "CapAmb NoNewPrivs Seccomp Seccomp_filters THP_enabled Threads"
 ).split()
+
 
 def test_proc_says_the_same_of_credentials_names_and_addresses(yard):
     source = yard.running(yard.program("user.py"))
@@ -170,9 +183,10 @@ def test_proc_says_the_same_of_credentials_names_and_addresses(yard):
         migration.commit()
         assert "uid (1000, 1001, 1002) gid (1000, 1001, 1002)" in wait_for_more(target, "count")[-1]
 
-def flat(maps: str) -> list[tuple[str, str]]:
+
+def flat(maps: str) -> list[tuple[str, str, tuple[str, str]]]:
     """(address, protection and name) of every border: neighbours may be merged here and not there."""
-    out = []
+    out: list[tuple[str, str, tuple[str, str]]] = []
     for line in maps.splitlines():
         address, rest = line.split(None, 1)
         start, end = address.split("-")
@@ -183,6 +197,7 @@ def flat(maps: str) -> list[tuple[str, str]]:
         else:
             out.append((start, end, kind))
     return out
+
 
 def test_the_runtime_still_rules_the_restored_container(yard):
     source = yard.running(yard.program("counter.py"))
@@ -198,6 +213,7 @@ def test_the_runtime_still_rules_the_restored_container(yard):
         target.runc("kill", target.name, "TERM")
         assert source.state["status"] == "stopped"
         source.runc("delete", source.name)
+
 
 @pytest.mark.parametrize(
     "what",
@@ -221,6 +237,7 @@ def test_what_cannot_move_is_refused_by_name(yard, what):
     assert what in {refusal.code for refusal in refusals}
     assert all(refusal.message for refusal in refusals)
 
+
 def test_a_second_process_is_refused(yard):
     source = yard.running(yard.program("children.py"))
     source.wait_line("ready")
@@ -228,6 +245,7 @@ def test_a_second_process_is_refused(yard):
     with Migration(source, target) as migration, pytest.raises(EngineError) as caught:
         migration.prepare()
     assert caught.value.failure.code == "process-tree"
+
 
 def test_a_freeze_over_its_budget_ends_with_the_process_running(yard):
     source = yard.running(yard.program("counter.py"))

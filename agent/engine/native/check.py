@@ -42,15 +42,22 @@ def check_container(pid: int, *, storage: str = "none", tcp: str = "keep", netwo
     paths = {
         line.path
         for line in lines
-        if line.is_file and not line.deleted and line.path.startswith("/") and not (line.is_shared and line.protection & 2)
+        if line.is_file
+        and not line.deleted
+        and line.path.startswith("/")
+        and not (line.is_shared and line.protection & 2)
     }
     paths.add(procfs.read_link(f"/proc/{pid}/exe"))
     # A refused one cannot be opened by its path; it has been named already.
-    paths = {path for path in paths if not path.endswith(" (deleted)") and not path.startswith(("/memfd:", "/SYSV", "/["))}
+    paths = {
+        path for path in paths if not path.endswith(" (deleted)") and not path.startswith(("/memfd:", "/SYSV", "/["))
+    }
     mapped_bytes = sum(line.size_bytes for line in lines if memory.is_tracked(line) and line.protection)
     warnings = list(opened.warnings)
     if mapped_bytes > _LARGE_RESERVE_BYTES:
-        warnings.append(f"{mapped_bytes >> 30} GiB are mapped: watching them takes {mapped_bytes >> 39} GiB of page tables")
+        warnings.append(
+            f"{mapped_bytes >> 30} GiB are mapped: watching them takes {mapped_bytes >> 39} GiB of page tables"
+        )
     return Check(
         refusals=refusals, warnings=warnings, files=sorted(paths | set(opened.paths)),
         processes=len(tree.processes_of(pid)), threads=status.threads, memory_bytes=status.rss_bytes,

@@ -14,6 +14,7 @@ from agent.engine.tracking.base import Run
 from agent.kernel import pagemap
 from agent.kernel.pagemap import Category
 from agent.kernel.procfs import MemoryArea
+from agent.kernel.types import Fd
 
 
 class ClosedAreas:
@@ -27,7 +28,7 @@ class ClosedAreas:
         """Idempotent."""
         if self._pagemap >= 0:
             os.close(self._pagemap)
-            self._pagemap = pagemap.Fd(-1)
+            self._pagemap = Fd(-1)
 
     def scan(self, areas: Sequence[MemoryArea]) -> tuple[list[Run], list[Run]]:
         """Pages that are there, and ranges that are to be empty."""

@@ -26,9 +26,7 @@ def _failure_of(error: BaseException) -> Failure:
         _log.error("unexpected", exc_info=error)
         text = f"the engine failed: {type(error).__name__}: {error}"
         return Failure(family=MigrateError.code, code="engine", message=text)
-    return Failure(
-        family=family_of(error), code=error.code, message=error.message, host=error.host, hint=error.hint
-    )
+    return Failure(family=family_of(error), code=error.code, message=error.message, host=error.host, hint=error.hint)
 
 
 class _Loop:

@@ -67,10 +67,14 @@ class PidNumbers:
         if code:
             raise KernelError(call, code, os.strerror(code))
 
+    def release(self) -> None:
+        """Tell the helper to end, without waiting for it; idempotent."""
+        self._socket.close()
+
     def close(self) -> None:
         """End the helper and wait for it; idempotent."""
+        self.release()
         if self._process:
-            self._socket.close()
             os.waitpid(self._process, 0)
             self._process = 0
 

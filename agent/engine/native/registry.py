@@ -84,9 +84,7 @@ RESOURCES: tuple[Resource, ...] = (
     Resource(scope=Scope.CONTAINER, module=system_v_ipc, check=lambda c: system_v_ipc.check(c.pid)),
     Resource(scope=Scope.TASK, module=tree, check=lambda c: tree.check(c.pid)),
     Resource(scope=Scope.TASK, module=vdso),
-    Resource(
-        scope=Scope.TASK, module=memory, check=lambda c: memory.check(c.pid, c.container_pid, storage=c.storage)
-    ),
+    Resource(scope=Scope.TASK, module=memory, check=lambda c: memory.check(c.pid, c.container_pid, storage=c.storage)),
     Resource(scope=Scope.TASK, module=threads, check=lambda c: threads.check(_statuses(c.pid), c.container_pid)),
     Resource(scope=Scope.TASK, module=signals),
     Resource(scope=Scope.TASK, module=process, check=lambda c: process.check(c.pid, c.container_pid)),
@@ -96,7 +94,10 @@ RESOURCES: tuple[Resource, ...] = (
     Resource(scope=Scope.TASK, module=rseq),
     Resource(scope=Scope.TASK, module=timers, check=lambda c: timers.check(c.pid, c.container_pid)),
     # Checked all together, by files.check: one look at the table serves all kinds.
-    *(Resource(scope=Scope.OPEN_FILE, module=cast("ModuleType", kind)) for kind in (*files._KINDS, *files._SOCKET_KINDS)),
+    *(
+        Resource(scope=Scope.OPEN_FILE, module=cast("ModuleType", kind))
+        for kind in (*files._KINDS, *files._SOCKET_KINDS)
+    ),
     Resource(scope=Scope.TASK, module=scheduling),
     Resource(scope=Scope.TASK, module=registers),
 )

@@ -178,14 +178,21 @@ class RemoteSyscalls:
 
     # ---------------------------------------------------------------- scratch
 
-    def map_scratch(self, avoid: Iterable[Sequence[MemoryArea]] = (), size_bytes: int = SCRATCH_BYTES) -> None:
+    def map_scratch(
+        self,
+        avoid: Iterable[Sequence[MemoryArea]] = (),
+        size_bytes: int = SCRATCH_BYTES,
+        *,
+        here: Sequence[MemoryArea] | None = None,
+    ) -> None:
         """Map code, table and data where they are in nobody's way: a hole of this address space and of all of `avoid`.
 
-        The code page is never writable and executable at once.
+        The code page is never writable and executable at once. `here`: the areas of this address space, if they are
+        known already.
         Raises: KernelError.
         """
         arch, tid = current(), self.tracee.tid
-        start = find_hole(size_bytes, [procfs.read_maps(tid), *avoid])
+        start = find_hole(size_bytes, [procfs.read_maps(tid) if here is None else here, *avoid])
         flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
         self.call(SYS.mmap, start, size_bytes, PROT_READ | PROT_WRITE, flags, -1, 0)
         self.scratch = Scratch(start, size_bytes)

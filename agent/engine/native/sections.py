@@ -32,7 +32,7 @@ ContainerId = Annotated[int, msgspec.Meta(ge=1, le=1 << 22)]
 Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 56)]
 
 
-class BeginSection(Message, kw_only=True):
+class BeginSection(Message, frozen=True, kw_only=True):
     """First: what kind of process comes, so that a target that cannot take it says so before any page."""
 
     version: int
@@ -43,14 +43,14 @@ class BeginSection(Message, kw_only=True):
     seccomp: Seccomp
 
 
-class LayoutSection(Message, kw_only=True):
+class LayoutSection(Message, frozen=True, kw_only=True):
     """All areas of a task, in ascending order. What is new is mapped with `Area.filling_prot`, what is gone unmapped."""
 
     task: TaskNumber
     areas: list[Area]
 
 
-class ProtectSection(Message, kw_only=True):
+class ProtectSection(Message, frozen=True, kw_only=True):
     """Give ranges a protection: writable for pages that come, or the final one."""
 
     task: TaskNumber
@@ -59,7 +59,7 @@ class ProtectSection(Message, kw_only=True):
     prots: list[int]
 
 
-class HolesSection(Message, kw_only=True):
+class HolesSection(Message, frozen=True, kw_only=True):
     """Pages that the source has given back: drop them."""
 
     task: TaskNumber
@@ -67,14 +67,14 @@ class HolesSection(Message, kw_only=True):
     sizes: list[Size]
 
 
-class ThreadsSection(Message, kw_only=True):
+class ThreadsSection(Message, frozen=True, kw_only=True):
     """Thread ids as the container sees them, the leader first: make those that are not there, end those that are too many."""
 
     task: TaskNumber
     tids: list[ContainerId]
 
 
-class ThreadState(Record, kw_only=True):
+class ThreadState(Record, frozen=True, kw_only=True):
     tid: ContainerId
     registers: Registers
     attributes: ThreadAttributes
@@ -84,7 +84,7 @@ class ThreadState(Record, kw_only=True):
     scheduling: Scheduling
 
 
-class StateSection(Message, kw_only=True):
+class StateSection(Message, frozen=True, kw_only=True):
     """The frozen task but for its open files. The leader is the first thread."""
 
     task: TaskNumber
@@ -94,14 +94,14 @@ class StateSection(Message, kw_only=True):
     threads: list[ThreadState]
 
 
-class FilesStateSection(Message, kw_only=True):
+class FilesStateSection(Message, frozen=True, kw_only=True):
     """The open files of a task."""
 
     task: TaskNumber
     files: FilesSection
 
 
-class CompleteSection(Message, kw_only=True):
+class CompleteSection(Message, frozen=True, kw_only=True):
     """Everything is said: finish, freeze the cgroup, detach, answer."""
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from agent.arch import current
 from agent.engine.native import sections
 from agent.engine.native.freeze import FrozenProcess
 from agent.engine.native.injection import Injection, scratch_bytes
-from agent.engine.native.remote import RemoteSyscalls
+from agent.engine.native.remote import RemoteSyscalls, find_syscall_instruction
 from agent.engine.native.tasks import credentials, process, registers, rseq, scheduling, signals, threads, timers
 from agent.engine.native.tasks.plan import Later
 from agent.engine.native.tasks.procfile import ProcFile
@@ -52,6 +53,7 @@ class TaskDump:
         self._attributes: Later[process.ProcessAttributes]
         self._actions: Later[signals.SignalActions]
         self._timers: Later[timers.IntervalTimers]
+        self._syscall_address = find_syscall_instruction(pid)
         for tid in procfs.task_ids(pid):
             try:
                 self._open(tid)
@@ -83,10 +85,10 @@ class TaskDump:
 
     # ------------------------------------------------------------ in the freeze
 
-    def start(self, frozen: FrozenProcess) -> None:
+    def start(self, frozen: FrozenProcess, areas: Sequence[procfs.MemoryArea]) -> None:
         """Take what can be taken from outside, and set every thread going on its questions.
 
-        Raises: UnsupportedError: something has appeared since `check` that cannot be carried.
+        `areas`: as they are in the freeze. Raises: UnsupportedError: something has appeared since `check` that cannot be carried.
         """
         for tracee in frozen.threads:
             tracee.save()
@@ -103,8 +105,8 @@ class TaskDump:
         if timers.count_posix_timers(self._process_files.timers.read()):
             raise UnsupportedError("the container has started a POSIX timer", code="posix-timers")
         leader, *others = self._threads
-        self._remote = RemoteSyscalls(leader.tracee)
-        self._remote.map_scratch(size_bytes=scratch_bytes(len(others)))
+        self._remote = RemoteSyscalls(leader.tracee, syscall_address=self._syscall_address)
+        self._remote.map_scratch(size_bytes=scratch_bytes(len(others)), here=areas)
         self._injection = Injection(self._remote, [thread.tracee for thread in others])
         leader_plan, other_plans = self._injection.plan()
         for thread, plan in zip(self._threads, (leader_plan, *other_plans), strict=True):
@@ -165,9 +167,7 @@ def _state_of(thread: _Thread) -> sections.ThreadState:
 def _rseq_of(tracee: Tracee) -> rseq.Rseq:
     """The registration; a thread inside a critical section is put to its abort handler first."""
     found = ptrace.get_rseq_configuration(tracee.tid)
-    record = rseq.Rseq(
-        address=found.address, size_bytes=found.size_bytes, signature=found.signature, flags=found.flags
-    )
+    record = rseq.Rseq(address=found.address, size_bytes=found.size_bytes, signature=found.signature, flags=found.flags)
     if record.address:
         pointer = int.from_bytes(memory.process_vm_read(tracee.tid, rseq.pointer_address(record), 8), "little")
         if pointer:
@@ -179,7 +179,7 @@ def _rseq_of(tracee: Tracee) -> rseq.Rseq:
 
 
 def _pending_of(tracee: Tracee, status: procfs.TaskStatus) -> signals.PendingSignals:
-    is_leader = tracee.tid == tracee.pid
+    is_leader = int(tracee.tid) == tracee.pid
     private = ptrace.peek_siginfo(tracee.tid, shared=False) if status.sig_pending else []
     shared = ptrace.peek_siginfo(tracee.tid, shared=True) if is_leader and status.shared_pending else []
     return signals.PendingSignals(private=private, shared=shared)

@@ -185,7 +185,7 @@ class _Freeze:
         # Before our own scratch is among the areas.
         task.layout.look(in_freeze=True)
         clock.part("areas")
-        self.dump.start(self._frozen)
+        self.dump.start(self._frozen, task.layout.lines)
         clock.part("ask threads")
         scan = task.scan_final()
         clock.part("scan")

@@ -27,6 +27,7 @@ class SourceLayout:
         self._sent: list[Area] = []
         self._there = Protections()
         self.areas: list[Area] = []
+        self.lines: list[MemoryArea] = []  # all of them, the kernel's too
         self.tracked: list[MemoryArea] = []
         self.closed: list[MemoryArea] = []  # PROT_NONE: reserves of address space, guards, memory put away
 
@@ -43,6 +44,7 @@ class SourceLayout:
         self._flags = _carried_over(self._flags, self.areas, lines) if in_freeze else read_vm_flags(self._pid)
         self._text = text
         self.areas = memory.areas_of(lines, self._flags)
+        self.lines = lines
         travelling = [line for line in lines if memory.is_tracked(line)]
         self.tracked = [line for line in travelling if line.protection]
         self.closed = [line for line in travelling if not line.protection]

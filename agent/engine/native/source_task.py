@@ -16,6 +16,7 @@ from agent.engine.native.closed_areas import ClosedAreas
 from agent.engine.tracking.base import Run
 from agent.engine.tracking.pagemap_scan import PagemapScanTracker
 from agent.kernel import pidfd, procfs
+from agent.kernel.types import Fd
 
 # One message to the stream is bounded, so that it can begin to send before a large scan is told to the end.
 _RUNS_A_MESSAGE = 8192
@@ -54,7 +55,8 @@ class Found:
                 task=task, starts=[start for start, _ in part], sizes=[end - start for start, end in part]
             )
             for part in (
-                self.dropped[first : first + _HOLES_A_SECTION] for first in range(0, len(self.dropped), _HOLES_A_SECTION)
+                self.dropped[first : first + _HOLES_A_SECTION]
+                for first in range(0, len(self.dropped), _HOLES_A_SECTION)
             )
         ]
 
@@ -105,7 +107,7 @@ class SourceTask:
         self.layout.close()
         if self.pidfd >= 0:
             os.close(self.pidfd)
-            self.pidfd = -1
+            self.pidfd = Fd(-1)
 
     def arm(self) -> float:
         """Begin to track; for how many ms the process stood. Raises: UnsupportedError: the kernel cannot."""

@@ -65,7 +65,7 @@ class FinalRestore:
         if state is None:
             raise RemoteProtocolError("complete, but no state came")
         task = self._task
-        task.close()
+        task.release()
         task.run(4096, lambda plan: process.restore_limits(state.attributes, task.pid, plan))
         process.restore_oom_score(state.attributes, task.pid)
         for thread, tracee in zip(state.threads, self._tracees, strict=True):
@@ -102,4 +102,3 @@ def _raise_file_limit(pid: int, state: sections.StateSection) -> None:
     with contextlib.suppress(ValueError, PermissionError):  # told with a better text when all limits are set
         if soft != resource.RLIM_INFINITY and soft < hard:
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, max(hard, wanted.hard)))
-

@@ -73,7 +73,7 @@ class TargetTask:
         """Make room: of what execve mapped only the vDSO stays, at the source's address."""
         lines = procfs.read_maps(self.pid)
         here = vdso.find(self.pid, lines)
-        taken = [(area.start, area.end) for area in (*areas, *lines)]
+        taken = [*((area.start, area.end) for area in areas), *((line.start, line.end) for line in lines)]
         taken.append((self._vdso.start, self._vdso.start + self._vdso.size_bytes))
         self.remote.map_scratch([_with_room_before(taken)], _SCRATCH_BYTES)
         scratch = self._scratch
@@ -147,7 +147,9 @@ class TargetTask:
     def drop(self, section: sections.HolesSection) -> None:
         """Give pages back."""
         rows = zip(section.starts, section.sizes, strict=True)
-        self._batch([call for start, size in rows for call in layout.calls_for_dropping(self._areas, start, start + size)])
+        self._batch(
+            [call for start, size in rows for call in layout.calls_for_dropping(self._areas, start, start + size)]
+        )
 
     def _batch(self, calls: Sequence[tuple[int, ...]]) -> None:
         for first in range(0, len(calls), _CALLS_AT_ONCE):
@@ -163,7 +165,8 @@ class TargetTask:
         """Threads with these numbers, the leader's first: what is missing is made, what is too many ends."""
         if not wanted or wanted[0] != self.container_pid or len(set(wanted)) != len(wanted):
             raise UnsupportedError(
-                f"the container's init is process {wanted[:1]} on the source, here {self.container_pid}", code="pid-taken"
+                f"the container's init is process {wanted[:1]} on the source, here {self.container_pid}",
+                code="pid-taken",
             )
         for number in set(self.others) - set(wanted):
             self._end_thread(self.others.pop(number))
@@ -223,6 +226,11 @@ class TargetTask:
         results = self.remote.batch(plan.calls, keep_going=True)
         size = len(plan.memory)
         plan.load(results, process_vm_read(self.pid, plan.base, size) if size else b"")
+
+    def release(self) -> None:
+        """Nothing of ours is needed in the pid namespace any more: its end takes milliseconds, wait for it later."""
+        if self._numbers is not None:
+            self._numbers.release()
 
     def close(self) -> None:
         """End the helper; the tasks are the caller's. Idempotent."""

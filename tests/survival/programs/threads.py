@@ -61,7 +61,7 @@ pipes = []
 for index in range(50):
     kind = index % 4
     if kind == 0:
-        arguments = (sleeper,)
+        arguments: tuple = (sleeper,)
     elif kind == 1:
         arguments = (waiter, condition)
     elif kind == 2:

@@ -18,7 +18,9 @@ def check(pid: int) -> list[Refusal]:
     """Refuse every kind that has an object. Raises: TaskGoneError, KernelError."""
     return [
         Refusal(
-            code="system-v-ipc", object=name, message=f"the container has {count} System V {name}, which are not carried"
+            code="system-v-ipc",
+            object=name,
+            message=f"the container has {count} System V {name}, which are not carried",
         )
         for kind, name in _KINDS.items()
         if (count := _count(pid, kind))

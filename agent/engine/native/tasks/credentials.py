@@ -26,7 +26,7 @@ _LAST_CAPABILITY = 63
 _SECCOMP_FILTER = 2
 
 
-class Credentials(Record, kw_only=True):
+class Credentials(Record, frozen=True, kw_only=True):
     uids: list[int]  # real, effective, saved, file system
     gids: list[int]
     groups: list[int]
@@ -40,7 +40,7 @@ class Credentials(Record, kw_only=True):
     death_signal: int = 0
 
 
-class Seccomp(Record, kw_only=True):
+class Seccomp(Record, frozen=True, kw_only=True):
     mode: int
     filters: int
 

@@ -50,7 +50,7 @@ class AreaKind(enum.Enum):
     FILE = "file"
 
 
-class Area(Record, kw_only=True):
+class Area(Record, frozen=True, kw_only=True):
     """One mapping, `start` to `end` (exclusive)."""
 
     start: Address

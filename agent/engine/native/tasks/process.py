@@ -28,7 +28,7 @@ _WORD = (1 << 64) - 1
 _LIMIT_NAME_COLUMNS = 26
 
 
-class MemoryMap(Record, kw_only=True):
+class MemoryMap(Record, frozen=True, kw_only=True):
     """Addresses that the kernel keeps of a program.   Source: PR_SET_MM_MAP in prctl(2)."""
 
     start_code: int
@@ -45,12 +45,12 @@ class MemoryMap(Record, kw_only=True):
     auxv: bytes
 
 
-class Limit(Record, kw_only=True):
+class Limit(Record, frozen=True, kw_only=True):
     soft: int  # -1: unlimited
     hard: int
 
 
-class ProcessAttributes(Record, kw_only=True):
+class ProcessAttributes(Record, frozen=True, kw_only=True):
     memory_map: MemoryMap
     limits: list[Limit]
     umask: int

@@ -15,7 +15,7 @@ from protocol.errors import RemoteProtocolError
 from protocol.messages import Record
 
 
-class Registers(Record, kw_only=True):
+class Registers(Record, frozen=True, kw_only=True):
     general: bytes
     extended: bytes
     blocked: int
@@ -40,4 +40,3 @@ def restore(record: Registers, tracee: Tracee, *, has_unblocked_signal: bool) ->
     tracee.set_registers(general)
     tracee.set_xstate(record.extended)
     ptrace.set_sigmask(tracee.tid, record.blocked)
-

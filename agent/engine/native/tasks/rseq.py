@@ -18,7 +18,7 @@ _SECTION_POINTER_OFFSET = 8
 _SECTION = struct.Struct("<IIQQQ")
 
 
-class Rseq(Record, kw_only=True):
+class Rseq(Record, frozen=True, kw_only=True):
     """What the thread registered; address 0: nothing."""
 
     address: int

@@ -18,7 +18,7 @@ from protocol.messages import Record
 _IOPRIO_WHO_PROCESS = 1
 
 
-class Scheduling(Record, kw_only=True):
+class Scheduling(Record, frozen=True, kw_only=True):
     policy: int
     flags: int
     nice: int

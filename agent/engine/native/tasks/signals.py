@@ -23,14 +23,14 @@ _DEFAULT = bytes(ACTION_BYTES)
 _SIG_IGN = (1).to_bytes(8, "little")
 
 
-class SignalActions(Record, kw_only=True):
+class SignalActions(Record, frozen=True, kw_only=True):
     """What a process does on each signal; one that is not listed has its default action."""
 
     numbers: list[int]
     actions: list[bytes]  # struct sigaction as rt_sigaction takes it
 
 
-class PendingSignals(Record, kw_only=True):
+class PendingSignals(Record, frozen=True, kw_only=True):
     """siginfo of each signal that waits, in order."""
 
     shared: list[bytes] = []  # for the process; the leader's record has them

@@ -26,7 +26,7 @@ _STACK_BYTES = 24
 NAME_BYTES = 16
 
 
-class ThreadAttributes(Record, kw_only=True):
+class ThreadAttributes(Record, frozen=True, kw_only=True):
     name: bytes
     tid_address: int
     alternate_stack: bytes  # struct sigaltstack

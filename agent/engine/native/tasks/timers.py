@@ -16,7 +16,7 @@ ITIMER_BYTES = 32
 _NOTHING = bytes(ITIMER_BYTES)
 
 
-class IntervalTimers(Record, kw_only=True):
+class IntervalTimers(Record, frozen=True, kw_only=True):
     """struct itimerval of ITIMER_REAL, ITIMER_VIRTUAL, ITIMER_PROF."""
 
     values: list[bytes]

@@ -30,13 +30,13 @@ _MREMAP_MAYMOVE = 1
 _MREMAP_FIXED = 2
 
 
-class VdsoPart(Record, kw_only=True):
+class VdsoPart(Record, frozen=True, kw_only=True):
     name: str
     offset: Annotated[int, msgspec.Meta(ge=0, le=_MAX_BYTES)]  # from the lowest part
     size_bytes: Annotated[int, msgspec.Meta(gt=0, le=_MAX_BYTES)]
 
 
-class Vdso(Record, kw_only=True):
+class Vdso(Record, frozen=True, kw_only=True):
     """Where the kernel's areas lie in a process, and what the code is."""
 
     start: Address  # of the lowest part
@@ -63,9 +63,7 @@ def find(pid: int, lines: Iterable[MemoryArea]) -> Vdso:
                 digest = xxhash.xxh3_128_hexdigest(pread_mem(mem, line.start, line.size_bytes))
             finally:
                 os.close(mem)
-    parts = [
-        VdsoPart(name=line.path, offset=line.start - start, size_bytes=line.size_bytes) for line in found
-    ]
+    parts = [VdsoPart(name=line.path, offset=line.start - start, size_bytes=line.size_bytes) for line in found]
     return Vdso(start=start, parts=parts, digest=digest)
 
 
