@@ -7,6 +7,7 @@ share the file, so a row names the process that drives it.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sqlite3
@@ -102,10 +103,13 @@ class Journal:
     def __init__(self, state_dir: Path) -> None:
         try:
             state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._db = sqlite3.connect(state_dir / "journal.sqlite", timeout=_LOCK_TIMEOUT_S, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.executescript(_SCHEMA)
+            # The change to WAL does not wait for a lock as all else does: two that open a new file would collide.
+            with (state_dir / "journal.lock").open("w", encoding="ascii") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._db = sqlite3.connect(state_dir / "journal.sqlite", timeout=_LOCK_TIMEOUT_S, isolation_level=None)
+                self._db.execute("PRAGMA journal_mode=WAL")
+                self._db.execute("PRAGMA synchronous=FULL")
+                self._db.executescript(_SCHEMA)
         except (OSError, sqlite3.Error) as error:
             raise MigrateError(
                 f"cannot open the journal in {state_dir}: {error}", code="journal", hint="see state_dir in agent.toml"

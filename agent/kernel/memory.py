@@ -8,6 +8,7 @@ Source: process_vm_readv(2), proc_pid_mem(5).
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -80,7 +81,7 @@ def process_vm_writev(pid: int, runs: Sequence[tuple[int, int]], data: bytes | b
         done = _writev(pid, ctypes.byref(local), 1, ctypes.byref(remote), len(part), 0)
         if done != wanted:
             address, length = _run_at(part, max(done, 0))
-            _raise("process_vm_writev", pid, address, length, done)
+            _raise("process_vm_writev", pid, address, length, min(done, 0))
         base += wanted
     del owner
 
@@ -94,7 +95,7 @@ def _run_at(runs: Sequence[tuple[int, int]], offset: int) -> tuple[int, int]:
 
 
 def _raise(call: str, pid: int, address: int, size_bytes: int, done: int) -> None:
-    number = get_errno() if done < 0 else 14  # a short transfer is EFAULT at its end
+    number = get_errno() if done < 0 else errno.EFAULT  # a short transfer ended at what is not there
     if done > 0:
         address, size_bytes = address + done, size_bytes - done
     raise failure(f"{call}(pid {pid}, {address:#x}, {size_bytes} bytes)", number)
@@ -109,7 +110,7 @@ def open_mem(pid: int, *, writable: bool = False) -> Fd:
     try:
         return Fd(os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC))
     except FileNotFoundError as error:
-        raise failure(f"open({path})", 3) from error
+        raise failure(f"open({path})", errno.ESRCH) from error
     except OSError as error:
         raise os_failure(f"open({path})", error) from error
 
@@ -125,7 +126,7 @@ def pread_mem(mem: Fd, address: int, size_bytes: int) -> bytes:
     except OSError as error:
         raise os_failure(call, error) from error
     if not data and size_bytes:
-        raise failure(call, 3, "the address space is gone")
+        raise failure(call, errno.ESRCH, "the address space is gone")
     if len(data) != size_bytes:
-        raise failure(call, 5, f"only {len(data)} bytes can be read")
+        raise failure(call, errno.EIO, f"only {len(data)} bytes can be read")
     return data

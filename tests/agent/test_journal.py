@@ -176,6 +176,8 @@ def test_what_an_agent_did_is_driven_by_nobody_once_it_is_dead(tmp_path: Path, j
         entry = journal.find(ID, Side.SOURCE)
         assert entry is not None
         assert (entry.driver_pid, entry.is_driven) == (agent.pid, True)
+        with pytest.raises(BusyError):
+            begin(journal, OTHER)
         agent.kill()
         # Dead, and not reaped yet, counts as dead.
         os.waitid(os.P_PID, agent.pid, os.WEXITED | os.WNOWAIT)
@@ -277,7 +279,7 @@ from protocol.errors import BusyError
 from protocol.states import Event, Side
 sys.stdin.readline()
 journal = Journal(pathlib.Path(sys.argv[1]))
-won = busy = 0
+won = 0
 for n in itertools.count():
     if won == 20:  # nobody promises turns: each goes on until it had its share
         break
@@ -285,17 +287,15 @@ for n in itertools.count():
     try:
         journal.begin(migration=name, side=Side.SOURCE, epoch=1, container="web1", peer="", coordinator="")
     except BusyError:
-        busy += 1
         continue
     assert [e.migration for e in journal.entries(unfinished_only=True)] == [name]
     journal.move(name, Side.SOURCE, Event.ABORT)
     won += 1
-print(busy)
 """
     agents = [
         subprocess.Popen(
             [sys.executable, "-c", program, tmp_path, str(n)], cwd=PROJECT, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True,
+            stderr=subprocess.PIPE, text=True,
         )
         for n in range(2)
     ]  # fmt: skip
@@ -304,9 +304,29 @@ print(busy)
         assert agent.stdin is not None
         agent.stdin.write("\n")
         agent.stdin.flush()
-    busy = [int(agent.communicate(timeout=60)[0] or -1) for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0]
-    assert sum(busy) > 0  # they did meet
+    said = [agent.communicate(timeout=60)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+
+
+def test_a_new_journal_may_be_opened_by_several_agents_at_once(tmp_path: Path):
+    program = "import pathlib, sys; from agent.journal import Journal; print(flush=True); sys.stdin.readline();"
+    program += "Journal(pathlib.Path(sys.argv[1]))"
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, tmp_path], cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(4)
+    ]  # fmt: skip
+    for agent in agents:
+        assert agent.stdout is not None
+        agent.stdout.readline()
+    for agent in agents:
+        assert agent.stdin is not None
+        agent.stdin.write("\n")
+        agent.stdin.flush()
+    said = [agent.communicate(timeout=30)[1] for agent in agents]
+    assert said == [""] * 4
 
 
 def test_one_that_sees_the_others_move_may_not_make_it_again(tmp_path: Path, journal: Journal):

@@ -51,7 +51,7 @@ class Yard:
 
     def shell_of(self, source: Container, **options) -> Container:
         """What the target's runtime starts: the program itself, which will not run an instruction."""
-        return self.container([os.readlink(f"/proc/{source.pid}/exe")], **options)  # noqa: PTH115 - a path in there
+        return self.container([os.readlink(f"/proc/{source.pid}/exe")], **options)
 
     def clear(self) -> None:
         for container in self.made:

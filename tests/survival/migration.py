@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from agent import ipc
 from agent.engine import base
@@ -81,7 +81,7 @@ class Migration:
         self.restored: base.TargetRestored
         self.downtime_ms = 0.0
 
-    def __enter__(self) -> Migration:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -142,10 +142,11 @@ def test_the_shell_dies_with_its_engine(yard):
         wait_for_more(source, "count", 1)
 
 
-COMPARED = (
-    "Name Umask Uid Gid Groups NSpid NSpgid NSsid SigQ SigPnd ShdPnd SigBlk SigIgn SigCgt CapInh CapPrm CapEff CapBnd "
-    "CapAmb NoNewPrivs Seccomp Seccomp_filters THP_enabled Threads"
-).split()
+COMPARED = [
+    "Name", "Umask", "Uid", "Gid", "Groups", "NSpid", "NSpgid", "NSsid", "SigQ", "SigPnd", "ShdPnd", "SigBlk",
+    "SigIgn", "SigCgt", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp", "Seccomp_filters",
+    "THP_enabled", "Threads",
+]  # fmt: skip
 
 
 def test_proc_says_the_same_of_credentials_names_and_addresses(yard):

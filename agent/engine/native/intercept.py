@@ -8,6 +8,7 @@ the runtime cares for, and ours to fill.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal as signals
 import subprocess
@@ -120,7 +121,9 @@ class _Pump:
                 if not progress:
                     left_s = self.deadline - time.monotonic()
                     if left_s <= 0:
-                        raise KernelError(f"exec of process {self.pid}", 110, f"not reached in time: {self._said()}")
+                        raise KernelError(
+                            f"exec of process {self.pid}", errno.ETIMEDOUT, f"not reached in time: {self._said()}"
+                        )
                     waiting.pause(left_s)
 
     def _poll(self, tid: Tid) -> WaitStatus:

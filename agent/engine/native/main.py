@@ -137,10 +137,11 @@ class TargetLoop(_Loop):
     def from_stream(self, frame: Frame) -> None:
         if frame.kind is FrameKind.SECTION:
             restored = self._engine.apply(frame.payload)
+            # First: once the service has the answer, nobody needs this process any more.
+            self._ports.stream.send(base.SectionApplied())
             if restored is not None:
                 self._is_done = True
                 self._ports.answer(restored)
-            self._ports.stream.send(base.SectionApplied())
             return
         record = self._ports.stream.parse(frame)
         if isinstance(record, base.StreamFailed) and not self._is_done:

@@ -15,7 +15,16 @@ from agent.engine.native import tree
 from agent.engine.native.container import namespaces, system_v_ipc, tmpfs
 from agent.engine.native.files import registry as files
 from agent.engine.native.tasks import (
-    credentials, memory, process, registers, rseq, scheduling, signals, threads, timers, vdso,
+    credentials,
+    memory,
+    process,
+    registers,
+    rseq,
+    scheduling,
+    signals,
+    threads,
+    timers,
+    vdso,
 )  # fmt: skip
 from agent.kernel import procfs
 from protocol.errors import TaskGoneError

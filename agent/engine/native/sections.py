@@ -44,7 +44,7 @@ class BeginSection(Message, frozen=True, kw_only=True):
 
 
 class LayoutSection(Message, frozen=True, kw_only=True):
-    """All areas of a task, in ascending order. What is new is mapped with `Area.filling_prot`, what is gone unmapped."""
+    """All areas of a task, ascending. What is new is mapped with `Area.filling_prot`, what is gone unmapped."""
 
     task: TaskNumber
     areas: list[Area]
@@ -68,7 +68,7 @@ class HolesSection(Message, frozen=True, kw_only=True):
 
 
 class ThreadsSection(Message, frozen=True, kw_only=True):
-    """Thread ids as the container sees them, the leader first: make those that are not there, end those that are too many."""
+    """Thread ids in the container, the leader first: make those that are missing, end those that are too many."""
 
     task: TaskNumber
     tids: list[ContainerId]

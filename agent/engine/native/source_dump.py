@@ -88,7 +88,8 @@ class TaskDump:
     def start(self, frozen: FrozenProcess, areas: Sequence[procfs.MemoryArea]) -> None:
         """Take what can be taken from outside, and set every thread going on its questions.
 
-        `areas`: as they are in the freeze. Raises: UnsupportedError: something has appeared since `check` that cannot be carried.
+        `areas`: as they are in the freeze.
+        Raises: UnsupportedError: something has appeared since `check` that cannot be carried.
         """
         for tracee in frozen.threads:
             tracee.save()
@@ -182,4 +183,4 @@ def _pending_of(tracee: Tracee, status: procfs.TaskStatus) -> signals.PendingSig
     is_leader = int(tracee.tid) == tracee.pid
     private = ptrace.peek_siginfo(tracee.tid, shared=False) if status.sig_pending else []
     shared = ptrace.peek_siginfo(tracee.tid, shared=True) if is_leader and status.shared_pending else []
-    return signals.PendingSignals(private=private, shared=shared)
+    return signals.PendingSignals(private=tuple(private), shared=tuple(shared))

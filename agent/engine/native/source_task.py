@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from agent.arch import current
 from agent.engine import base
 from agent.engine.native import sections
+from agent.engine.native.closed_areas import ClosedAreas
 from agent.engine.native.source_layout import SourceLayout
 from agent.engine.native.tasks import credentials, vdso
 from agent.engine.native.tasks.memory import Area, AreaKind
-from agent.engine.native.closed_areas import ClosedAreas
 from agent.engine.tracking.base import Run
 from agent.engine.tracking.pagemap_scan import PagemapScanTracker
 from agent.kernel import pidfd, procfs

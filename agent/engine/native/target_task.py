@@ -201,7 +201,7 @@ class TargetTask:
             ptrace.cont(tracee.tid)
 
     def threads(self, wanted: Sequence[int]) -> list[Tracee]:
-        """The leader and the others, in the order of `wanted`. Raises: RemoteProtocolError: not those that were made."""
+        """The leader and the others, in the order of `wanted`. Raises: RemoteProtocolError: others were made."""
         if set(wanted[1:]) != set(self.others) or wanted[:1] != [self.container_pid]:
             raise RemoteProtocolError(f"state of threads {wanted}, but {sorted(self.others)} were made")
         return [self.leader, *(self.others[number] for number in wanted[1:])]

@@ -130,7 +130,10 @@ class Tracee:
         self.saved = None
         if self.held_stop:
             self.held_stop = False
-            os.kill(self.pid, signals.SIGSTOP)
+            try:
+                os.kill(self.pid, signals.SIGSTOP)
+            except ProcessLookupError as error:
+                raise TaskGoneError(f"process {self.pid} ended while it was stopped") from error
 
     def forgive_interruption(self) -> None:
         """For a thread whose registers were not borrowed: undo what our stop did to its system call."""

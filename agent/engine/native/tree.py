@@ -51,7 +51,7 @@ def check(init_pid: int) -> list[Refusal]:
         refusals.append(
             Refusal(
                 code="process-tree", pid=own, object=status.name,
-                message=f"process {own} ({status.name}) runs beside the container's init; one process is carried so far",
+                message=f"process {own} ({status.name}) runs beside the container's init; one is carried so far",
                 hint="" if status.ppid else "a session entered from outside (exec, health check) must end first",
             )
         )  # fmt: skip

@@ -133,7 +133,10 @@ class PagemapScanTracker:
         return self._without_guards(_runs(copies))
 
     def _scan_group(self, group: Sequence[MemoryArea], flags: int) -> Iterator[tuple[MemoryArea, Regions, bool]]:
-        """Each watchable area with its written regions and whether it is new. Areas that are not watched yet are registered on the way."""
+        """Each watchable area, its written regions and whether it is new: those are registered on the way.
+
+        Known limit of the kernel (6.18): MADV_GUARD_INSTALL in a watched shared or file mapping does not return.
+        """
         for area in group:
             if self._is_untracked(area):
                 continue

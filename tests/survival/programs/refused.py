@@ -5,6 +5,7 @@ import mmap
 import os
 import sys
 import time
+from pathlib import Path
 
 libc = ctypes.CDLL(None, use_errno=True)
 what = sys.argv[1]
@@ -13,7 +14,6 @@ if what == "posix-timers":
     if libc.timer_create(1, None, ctypes.byref(timer)):
         sys.exit("timer_create")
 elif what == "shared-memory":
-    held = mmap.mmap(os.memfd_create("x"), 0) if False else mmap.mmap(-1, 4096)
     fd = os.memfd_create("held")
     os.ftruncate(fd, 4096)
     held = mmap.mmap(fd, 4096)
@@ -26,7 +26,7 @@ elif what == "deleted-file":
     os.ftruncate(fd, 4096)
     held = mmap.mmap(fd, 4096, flags=mmap.MAP_PRIVATE)
     os.close(fd)
-    os.unlink("/shared/gone")
+    Path("/shared/gone").unlink()
 elif what == "aio":
     context = ctypes.c_ulong()
     if libc.syscall(206, 8, ctypes.byref(context)):
@@ -35,8 +35,7 @@ elif what == "system-v-ipc":
     if libc.shmget(0, 4096, 0o1600) < 0:
         sys.exit("shmget")
 elif what == "tmpfs-contents":
-    with open("/dev/shm-file", "w") as file:
-        file.write("x")
+    Path("/dev/shm-file").write_text("x")
 elif what == "chroot":
     os.chroot("/usr")
 print("ready", flush=True)

@@ -5,6 +5,7 @@ import select
 import sys
 import threading
 import time
+from typing import Any
 
 failed = []
 beats = [0] * 50
@@ -61,7 +62,7 @@ pipes = []
 for index in range(50):
     kind = index % 4
     if kind == 0:
-        arguments: tuple = (sleeper,)
+        arguments: tuple[Any, ...] = (sleeper,)
     elif kind == 1:
         arguments = (waiter, condition)
     elif kind == 2:

@@ -18,7 +18,6 @@ def check(pid: int, container_pid: int) -> list[Refusal]:
 
     Raises: TaskGoneError.
     """
-    refusals = []
     own = {kind: procfs.read_link(f"/proc/{pid}/ns/{kind}") for kind in _KINDS}
     found = {
         kind
@@ -27,11 +26,12 @@ def check(pid: int, container_pid: int) -> list[Refusal]:
         if procfs.read_link(f"/proc/{pid}/task/{tid}/ns/{kind}") != own[kind]
     }
     found |= {kind for kind in _FOR_CHILDREN if procfs.read_link(f"/proc/{pid}/ns/{kind}_for_children") != own[kind]}
-    for kind in sorted(found):
-        refusals.append(
-            Refusal(
-                code="namespace", pid=container_pid, object=f"{kind} namespace",
-                message=f"process {container_pid} has made a {kind} namespace of its own, which is not carried",
-            )
-        )  # fmt: skip
-    return refusals
+    return [
+        Refusal(
+            code="namespace",
+            pid=container_pid,
+            object=f"{kind} namespace",
+            message=f"process {container_pid} has made a {kind} namespace of its own, which is not carried",
+        )
+        for kind in sorted(found)
+    ]

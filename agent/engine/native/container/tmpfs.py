@@ -54,7 +54,7 @@ def _mounts(pid: int) -> list[_Mount]:
 
 
 def _first_file(root: int, point: str) -> str:
-    """The path of a file below the mount point; '' : none. What runtimes put into /dev is no file of the container's."""
+    """The path of a file below the mount point; '' : none. Nodes that runtimes put into /dev are none."""
     try:
         top = openat2.open_in_root(root, point, os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK)
     except KernelError:

@@ -109,7 +109,7 @@ def dump(status: TaskStatus, plan: CallPlan) -> Later[Credentials]:
 
 
 def restore(record: Credentials, now: Credentials, plan: CallPlan) -> None:
-    """Plan what changes `now` (read from the target's thread) into `record`, in the order that keeps the right to go on."""
+    """Plan what changes `now` (the target's thread) into `record`, in the order that keeps the right to go on."""
     before = msgspec.structs.replace(now, securebits=record.securebits, death_signal=record.death_signal)
     if record.securebits:
         plan.must("prctl(PR_SET_SECUREBITS)", SYS.prctl, Prctl.SET_SECUREBITS, record.securebits)

@@ -62,7 +62,7 @@ class Area(Record, frozen=True, kw_only=True):
     no_reserve: bool = False
     path: str = ""  # inside the container
     offset: int = 0
-    flags: list[str] = []  # two-letter VmFlags
+    flags: tuple[str, ...] = ()  # two-letter VmFlags
     name: str = ""  # of an anonymous area, by PR_SET_VMA_ANON_NAME
 
     @property
@@ -111,7 +111,7 @@ def areas_of(lines: Iterable[MemoryArea], flags: dict[int, frozenset[str]]) -> l
                 grows_down="gd" in letters or line.path == "[stack]",
                 no_reserve="nr" in letters,
                 path=line.path if kind is AreaKind.FILE else "", offset=line.offset if kind is AreaKind.FILE else 0,
-                flags=sorted(letters & _FLAGS_KEPT), name=name,
+                flags=tuple(sorted(letters & _FLAGS_KEPT)), name=name,
             )
         )  # fmt: skip
     return areas
@@ -159,7 +159,9 @@ def check(pid: int, container_pid: int, *, storage: str) -> list[Refusal]:
     return refusals
 
 
-def _reason_against(line: MemoryArea, flags: frozenset[str], storage: str) -> tuple[str, str, str] | None:
+def _reason_against(  # noqa: C901 - a table of reasons
+    line: MemoryArea, flags: frozenset[str], storage: str
+) -> tuple[str, str, str] | None:
     path = line.path
     if path.startswith("/[aio]"):
         return "aio", "asynchronous I/O (io_setup) cannot be moved", "turn native AIO off in the program"

@@ -39,7 +39,8 @@ def abort_address(section: bytes, instruction: int) -> int | None:
     """Where a thread at `instruction` has to go on if that is inside the critical section; None: it is outside.
 
     The kernel does this whenever it preempts a thread; a stop of ours is no less. It cannot do it for us: by the
-    time the thread runs with its own registers again it has forgotten the section.   Source: rseq_ip_fixup, kernel/rseq.c.
+    time the thread runs with its own registers again it has forgotten the section.
+    Source: rseq_ip_fixup, kernel/rseq.c.
     """
     _, _, start, length, abort = _SECTION.unpack(section)
     return abort if start <= instruction < start + length else None

@@ -33,8 +33,8 @@ class SignalActions(Record, frozen=True, kw_only=True):
 class PendingSignals(Record, frozen=True, kw_only=True):
     """siginfo of each signal that waits, in order."""
 
-    shared: list[bytes] = []  # for the process; the leader's record has them
-    private: list[bytes] = []
+    shared: tuple[bytes, ...] = ()  # for the process; the leader's record has them
+    private: tuple[bytes, ...] = ()
 
 
 def dump_actions(plan: CallPlan, *, trap_is_ignored: bool) -> Later[SignalActions]:

@@ -1,0 +1,203 @@
+"""Whatever dies, and whenever: the container runs on in exactly one place, its client lost nothing, nothing is left."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from tests.e2e import observe
+from tests.e2e.observe import Moving
+from tests.lab.containers import Container, ContainerHost
+from tests.lab.load import LoadReport, RedisLoad
+from tests.lab.scenario import Scenario
+
+# 48 MB: five seconds of pre-copy at 10 MB/s, two of a freeze at 200 Mbit/s.
+_FILLED_MB = 48
+_PRE_COPY = ("--bandwidth", "10M")
+_STOP_COPY = ("--strategy", "stop-copy", "--freeze-budget", "60s")
+_SLOW_LINK = "200mbit"
+_NAMES = itertools.count(1)
+
+
+@dataclass(slots=True)
+class Redis:
+    """A redis under load, and where it is at home now."""
+
+    scenario: Scenario
+    name: str
+    ip: str
+    container: Container
+    spoilt: bool = False  # by a test that failed
+
+    @property
+    def home(self) -> ContainerHost:
+        """The host that runs it. Raises: AssertionError: none, or two."""
+        (name,) = self.scenario.where(self.name)
+        return self.scenario.lab.hosts[name]
+
+    @property
+    def other(self) -> ContainerHost:
+        """The other host."""
+        return self.scenario.b if self.home is self.scenario.a else self.scenario.a
+
+
+class Shelf:
+    """One redis for all tests, made anew after a test that failed."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.redis: Redis | None = None
+
+    def take(self, ip: str) -> Redis:
+        if self.redis is not None and self.redis.spoilt:
+            for host in (self.scenario.a, self.scenario.b):
+                with contextlib.suppress(Exception):
+                    host.stop_agent()
+                host.run(["runc", "--root", "/run/runc", "delete", "--force", self.redis.name], check=False)
+                host.start_agent()
+            self.redis = None
+        if self.redis is None:
+            name = f"redis{next(_NAMES)}"
+            self.redis = Redis(self.scenario, name, ip, self.scenario.add_redis(name, ip))
+        return self.redis
+
+
+@pytest.fixture(scope="module")
+def shelf(scenario: Scenario) -> Shelf:
+    return Shelf(scenario)
+
+
+@pytest.fixture
+def redis(shelf: Shelf, ip: str) -> Redis:
+    redis = shelf.take(ip)
+    redis.container = redis.home.container(redis.name)
+    return redis
+
+
+@contextlib.contextmanager
+def survives(redis: Redis) -> Iterator[ContainerHost]:
+    """The block is a migration that fails; gives the source. It is as it was before, and the next one succeeds."""
+    source, other = redis.home, redis.other
+    before = {host: observe.snapshot(host) for host in (source, other)}
+    pid = redis.container.pid
+    redis.spoilt = True
+    with RedisLoad(redis.scenario.client, f"{redis.ip}:6379", prefill_mb=_FILLED_MB) as load:
+        port = load.report().local_port
+        try:
+            yield source
+        finally:
+            redis.scenario.lab.shape(other, None)
+        assert redis.scenario.where(redis.name) == [source.name]
+        assert source.container(redis.name).pid == pid
+        _goes_on(load, port)
+        for host, then in before.items():
+            assert observe.snapshot(host) == then, f"left behind on {host.name}"
+        done = redis.scenario.migrate_json("container", redis.name, "--to", other.name)
+        assert done["status"] == "completed"
+        assert redis.scenario.where(redis.name) == [other.name]
+        _goes_on(load, port)
+        assert load.stop().keys_read_back > 0
+    redis.spoilt = False
+
+
+def _goes_on(load: RedisLoad, port: int) -> LoadReport:
+    load.report()
+    report = load.report()
+    while not report.replies:
+        report = load.report()
+    assert report.local_port == port
+    return report
+
+
+@pytest.mark.parametrize(
+    "victim", ["target agent", "target engine", "target stream", "source engine", "source stream", "source agent"]
+)
+@pytest.mark.parametrize("options", [_PRE_COPY, _STOP_COPY], ids=["pre-copy", "freeze"])
+def test_the_container_runs_on_when_its(redis: Redis, options: tuple[str, ...], victim: str):
+    with survives(redis) as source:
+        moving = _under_way(redis, source, options)
+        host = source if victim.startswith("source") else moving.target
+        observe.kill(host, "agent" if victim.endswith("agent") else victim)
+        if victim.endswith("agent"):
+            host.start_agent()
+        status, result = moving.end()
+        assert (status, result["status"]) == (5, "rolled-back"), result
+        assert moving.wait_over(source).state == "aborted"
+        assert moving.wait_over(moving.target).state == "discarded"
+
+
+def _under_way(redis: Redis, source: ContainerHost, options: tuple[str, ...]) -> Moving:
+    """A migration in the middle of what `options` make long."""
+    if options == _STOP_COPY:
+        redis.scenario.lab.shape(redis.other, _SLOW_LINK)
+    moving = Moving(redis.scenario, redis.name, source, *options)
+    if options == _STOP_COPY:
+        moving.wait_freeze(redis.container)
+    else:
+        moving.wait_precopy()
+    return moving
+
+
+def _abort(redis: Redis, moving: Moving) -> None:
+    row = moving.row(moving.source)
+    assert row is not None
+    redis.scenario.migrate("abort", row.migration)
+
+
+def _interrupt(_: Redis, moving: Moving) -> None:
+    moving.process.send_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(("ask", "ends_with"), [(_interrupt, 130), (_abort, 8)], ids=["Ctrl-C", "migrate abort"])
+@pytest.mark.parametrize("options", [_PRE_COPY, _STOP_COPY], ids=["pre-copy", "freeze"])
+def test_it_ends_in_order_on(
+    redis: Redis, options: tuple[str, ...], ask: Callable[[Redis, Moving], None], ends_with: int
+):
+    with survives(redis) as source:
+        moving = _under_way(redis, source, options)
+        ask(redis, moving)
+        status, result = moving.end()
+        assert (status, result["status"]) == (ends_with, "aborted"), result
+        assert moving.wait_over(source).state == "aborted"
+        assert moving.wait_over(moving.target).state == "discarded"
+
+
+def test_the_agents_abort_by_themselves_when_the_coordinator_is_killed(redis: Redis):
+    with survives(redis) as source:
+        moving = _under_way(redis, source, _PRE_COPY)
+        moving.process.kill()
+        assert moving.wait_over(source).state == "aborted"
+        assert moving.wait_over(moving.target).state == "discarded"
+        moving.process.communicate()
+
+
+def test_a_freeze_over_its_budget_is_thawed(redis: Redis):
+    with survives(redis) as source:
+        redis.scenario.lab.shape(redis.other, _SLOW_LINK)
+        moving = Moving(redis.scenario, redis.name, source, "--strategy", "stop-copy", "--freeze-budget", "300ms")
+        status, result = moving.end()
+        assert (status, result["status"]) == (7, "rolled-back")
+        assert result["error"]["code"] == "freeze-budget"
+        assert moving.wait_over(source).state == "aborted"
+        assert moving.wait_over(moving.target).state == "discarded"
+
+
+def test_a_pulled_link_in_the_freeze_costs_no_more_than_its_budget(redis: Redis):
+    with survives(redis) as source:
+        other = redis.other
+        redis.scenario.lab.shape(other, _SLOW_LINK)
+        moving = Moving(redis.scenario, redis.name, source, "--strategy", "stop-copy", "--freeze-budget", "3s")
+        moving.wait_freeze(redis.container)
+        redis.scenario.lab.link_down(other)
+        try:
+            assert moving.wait_over(source).state == "aborted"
+        finally:
+            redis.scenario.lab.link_up(other)
+        status, result = moving.end()
+        assert (status, result["status"]) == (7, "rolled-back"), result
+        assert moving.wait_over(moving.target).state == "discarded"
