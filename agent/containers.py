@@ -15,6 +15,7 @@ import msgspec
 import psutil
 import xxhash
 
+from agent.engine.native.check import check_container
 from agent.kernel import openat2, timens
 from agent.network import inspect as network_inspect
 from agent.runtimes.base import Runtime, RuntimeContainer
@@ -221,10 +222,8 @@ def report(found: Found, *, storage: str, tcp: str, network: str, bridge: str) -
         raise UnsupportedError(
             f"{item.name} is {item.status}, not running", code="not-running", hint="only running containers move live"
         )
-    from agent.engine.native import check as engine_check
-
     config_json = read_config(item.bundle)
-    checked = engine_check.check_container(item.pid, storage=storage, tcp=tcp, network=network)
+    checked = check_container(item.pid, storage=storage, tcp=tcp, network=network)
     named = network_inspect.named_namespace_of(item.pid, config_json)
     net = network_inspect.inspect_network(item.pid, bridge, path=named)
     root_fd = os.open(f"/proc/{item.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

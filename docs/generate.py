@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Writes the reference pages that come from the code: wire format, states, error codes.
 
-    python docs/generate.py           write them
-    python docs/generate.py --check   status 1 and their names if they are not what the code says
+python docs/generate.py           write them
+python docs/generate.py --check   status 1 and their names if they are not what the code says
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def record(cls: type[msgspec.Struct]) -> str:
 def reachable_records() -> list[type[msgspec.Struct]]:
     """The parts of messages, in the order of the source."""
     return [
-        cls for cls in vars(messages).values()
+        cls
+        for cls in vars(messages).values()
         if isinstance(cls, type) and issubclass(cls, messages.Record) and cls is not messages.Record
     ]
 
@@ -205,7 +206,9 @@ belongs to the target from the source's record `committed` on; [decision 5](../e
         )
         heard = sorted((state.value, event.value) for row_side, state, event in states.REPEATS if row_side is side)
         out += "\nHeard again without effect: " + "; ".join(f"{event} in `{state}`" for state, event in heard) + ".\n\n"
-    out += "## Meaning\n\n" + table(["state", "meaning"], [[f"`{s.value}`", names.get(s.name, "")] for s in states.State])
+    out += "## Meaning\n\n" + table(
+        ["state", "meaning"], [[f"`{s.value}`", names.get(s.name, "")] for s in states.State]
+    )
     return out
 
 

@@ -149,14 +149,18 @@ class Moving:
 
     def row(self, host: ContainerHost) -> Row | None:
         """This migration's row in the journal of a host."""
-        return next((r for r in journal(host) if r.container == self.container and r.migration not in self._before), None)
+        return next(
+            (r for r in journal(host) if r.container == self.container and r.migration not in self._before), None
+        )
 
     def wait_state(self, host: ContainerHost, state: str) -> Row:
         """Until the host's journal says `state`."""
 
         def reached() -> Row | None:
             row = self.row(host)
-            assert self.process.poll() is None, f"migrate ended with {self.process.returncode}: {self.process.communicate()}"
+            assert self.process.poll() is None, (
+                f"migrate ended with {self.process.returncode}: {self.process.communicate()}"
+            )
             assert row is None or not row.is_over, f"it is over: {row}"
             return row if row is not None and row.state == state else None
 

@@ -76,7 +76,7 @@ def test_every_constant_is_the_headers(tmp_path: Path) -> None:
 
 
 def test_registers_lie_where_sys_user_h_has_them(tmp_path: Path) -> None:
-    fields = [name for name, _ in Registers._fields_]
+    fields = [field[0] for field in Registers._fields_]
     lines = "".join(f'printf("%zu ", offsetof(struct user_regs_struct, {name}));' for name in fields)
     program = compile_c(f"{HEADERS} int main(void) {{ {lines} return 0; }}", tmp_path / "registers")
     output = subprocess.run([program], capture_output=True, text=True, check=True).stdout

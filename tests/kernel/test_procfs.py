@@ -52,7 +52,12 @@ def test_vm_flags_are_found_by_area() -> None:
 
 def test_status_and_stat_tell_what_python_knows() -> None:
     status, stat = procfs.read_status(os.getpid()), procfs.read_stat(os.getpid())
-    assert (status.pid, status.tgid, status.ppid, status.ns_pid[-1]) == (os.getpid(), os.getpid(), os.getppid(), os.getpid())
+    assert (status.pid, status.tgid, status.ppid, status.ns_pid[-1]) == (
+        os.getpid(),
+        os.getpid(),
+        os.getppid(),
+        os.getpid(),
+    )
     assert status.groups == tuple(os.getgroups())
     assert (stat.pid, stat.ppid, stat.pgid, stat.sid) == (os.getpid(), os.getppid(), os.getpgrp(), os.getsid(0))
     assert stat.start_time_ticks == procfs.read_start_time(os.getpid()) > 0

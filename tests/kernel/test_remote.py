@@ -80,7 +80,10 @@ def test_scratch_is_never_writable_and_executable_and_lies_clear_of_both_spaces(
 
 
 def test_a_hole_is_found_between_areas() -> None:
-    areas = [procfs.MemoryArea(start, end, "rw-p", 0, 0, 0, "") for start, end in ((0x100000, 0x180000), (0x300000, 0x310000))]
+    areas = [
+        procfs.MemoryArea(start, end, "rw-p", 0, 0, 0, "")
+        for start, end in ((0x100000, 0x180000), (0x300000, 0x310000))
+    ]
     assert find_hole(0x40000, [areas]) == 0x180000
     assert find_hole(0x180000, [areas[:1], areas[1:]]) == 0x180000
     assert find_hole(0x180001, [areas]) == 0x310000

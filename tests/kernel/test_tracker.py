@@ -112,11 +112,17 @@ def test_guard_pages_are_never_to_be_read() -> None:
 def test_a_new_area_is_found_by_the_next_round_and_by_the_final_scan() -> None:
     with puppet() as it:
         watched = Watched(it)
-        new = int(str(it.do("n = mmap.mmap(-1, 40960, flags=0x22); answer = ctypes.addressof(ctypes.c_char.from_buffer(n))")))
+        new = int(
+            str(it.do("n = mmap.mmap(-1, 40960, flags=0x22); answer = ctypes.addressof(ctypes.c_char.from_buffer(n))"))
+        )
         it.do("n[4096 * 3] = 1")
         wanted = (new + 3 * PAGE, new + 4 * PAGE)
-        assert any(start <= wanted[0] and wanted[1] <= end for start, end in watched.tracker.scan_final(watched.areas()))
-        assert any(start <= wanted[0] and wanted[1] <= end for start, end in watched.tracker.scan_round(watched.areas()).copy)
+        assert any(
+            start <= wanted[0] and wanted[1] <= end for start, end in watched.tracker.scan_final(watched.areas())
+        )
+        assert any(
+            start <= wanted[0] and wanted[1] <= end for start, end in watched.tracker.scan_round(watched.areas()).copy
+        )
         assert not [run for run in watched.tracker.scan_round(watched.areas()).copy if new <= run[0] < new + 40960]
         watched.tracker.close()
 
@@ -125,7 +131,9 @@ def test_an_area_moved_by_mremap_reads_as_written() -> None:
     with puppet() as it:
         watched = Watched(it)
         it.do("libc.mremap.restype = ctypes.c_void_p; libc.mremap.argtypes = [ctypes.c_void_p] + [ctypes.c_size_t] * 4")
-        target = int(str(it.do(f"answer = libc.mremap({watched.base}, {PAGES * PAGE}, {PAGES * PAGE}, 3, 0x200000000)")))
+        target = int(
+            str(it.do(f"answer = libc.mremap({watched.base}, {PAGES * PAGE}, {PAGES * PAGE}, 3, 0x200000000)"))
+        )
         assert target == 0x200000000
         copied = [run for run in watched.tracker.scan_round(watched.areas()).copy if run[0] >= target]
         assert copied[0] == (target, target + PAGES * PAGE)
@@ -137,7 +145,9 @@ def test_pages_of_a_private_file_mapping_are_sent_only_when_changed(tmp_path: Pa
     path.write_bytes(b"x" * 16 * PAGE)
     with puppet() as it:
         it.do(f"f = mmap.mmap(os.open({str(path)!r}, os.O_RDONLY), {16 * PAGE}, flags=2, prot=3)")
-        base = int(str(it.do("f[4096 * 2] = 1; x = f[4096 * 4]; answer = ctypes.addressof(ctypes.c_char.from_buffer(f))")))
+        base = int(
+            str(it.do("f[4096 * 2] = 1; x = f[4096 * 4]; answer = ctypes.addressof(ctypes.c_char.from_buffer(f))"))
+        )
         tracker: DirtyTracker = PagemapScanTracker()
         tracker.arm(it.pid)
         copies = tracker.scan_round(procfs.read_maps(it.pid)).copy

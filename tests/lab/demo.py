@@ -51,7 +51,9 @@ def prove(scenario: Scenario, pids: list[int], target: ContainerHost, load: Redi
     """Everything that has to be as it was, looked at from outside."""
     time.sleep(_AFTERWARDS_S)
     report: LoadReport = load.report()
-    say(f"client: the same connection (local port {report.local_port}), {report.replies} replies since, every one right,")
+    say(
+        f"client: the same connection (local port {report.local_port}), {report.replies} replies since, every one right,"
+    )
     say(f"        longest wait for a reply {report.max_gap_ms:.1f} ms (median {report.p50_ms:.2f} ms)")
     after = target.container("web1")
     config = json.loads((target.persist / str(after.bundle).lstrip("/") / "config.json").read_text())
@@ -72,11 +74,17 @@ def prove(scenario: Scenario, pids: list[int], target: ContainerHost, load: Redi
 def main() -> int:
     """The whole story."""
     started = time.monotonic()
-    say("Two hosts of namespaces on this machine, joined by a LAN: hostA, hostB (each with its own network, mounts, pids,")
-    say(f"cgroups, disk and a monotonic clock {CLOCKS_APART_S} s apart), an agent on each, and an operator with a client.")
+    say(
+        "Two hosts of namespaces on this machine, joined by a LAN: hostA, hostB (each with its own network, mounts, pids,"
+    )
+    say(
+        f"cgroups, disk and a monotonic clock {CLOCKS_APART_S} s apart), an agent on each, and an operator with a client."
+    )
     with two_hosts() as scenario:
         pids = scenario.add_redis().pids
-        say(f"\nA redis runs in runc container web1 on hostA; a client fills it with {_MEMORY_MB} MB, then writes and reads")
+        say(
+            f"\nA redis runs in runc container web1 on hostA; a client fills it with {_MEMORY_MB} MB, then writes and reads"
+        )
         say("over ONE TCP connection, one request each millisecond, all the time from here on.\n")
         with RedisLoad(scenario.client, f"{_IP}:{REDIS_PORT}", prefill_mb=_MEMORY_MB) as load:
             port = load.report().local_port
