@@ -46,7 +46,10 @@ async def serve(host: Host) -> None:
         raise UsageError(f"cannot listen on {address}:{port}: {error}") from error
     _log.info("listening on %s:%d as %s", address, port, host.name)
     async with listener:
-        await listener.wait_closed()
+        try:
+            await listener.wait_closed()
+        finally:
+            await service.shut_down()
 
 
 def _check_keys(settings: Settings) -> None:

@@ -28,6 +28,8 @@ SOFTWARE = "migrate-agent 0.1"
 ROLES = ("operate", "observe")
 # People watch progress; a machine asks for the result.
 _PROGRESS_INTERVAL_S = 0.2
+# systemd gives a service 90 s by default; undoing takes one or two.
+_SHUT_DOWN_S = 15.0
 _OBSERVER_MAY: tuple[type[m.Message], ...] = (
     m.Hello, m.GetHostReport, m.ListContainers, m.InspectContainer, m.ReadClock, m.GetStatus,
 )  # fmt: skip
@@ -63,6 +65,16 @@ class Service:
             if (entry := self.host.journal.find(item.id, item.side)) is not None and not entry.is_final
         }  # fmt: skip
         self.migrations[migration.id, migration.side] = migration
+
+    async def shut_down(self) -> None:
+        """The agent ends: what is before its commit point is undone in order, the rest ends by itself or at the start."""
+        for migration in list(self.migrations.values()):
+            entry = self.host.journal.find(migration.id, migration.side)
+            if entry is not None and may_abort(migration.side, entry.state):
+                try:
+                    await asyncio.wait_for(migration.abort("the agent was stopped"), _SHUT_DOWN_S)
+                except (MigrateError, TimeoutError) as error:
+                    _log.warning("%s: %s", migration.id, error or "not undone in time; the next start does it")
 
     def remove(self, migration: Migration) -> None:
         """It never came to be."""

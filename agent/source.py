@@ -10,11 +10,13 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from agent import containers, reclaim, undo
 from agent.engine import base
 from agent.host import Host
+from agent.ipc import PortClosedError
 from agent.journal import Undo
 from agent.kernel.freezer import Freezer
 from agent.network import capture
@@ -27,6 +29,8 @@ _log = logging.getLogger(__name__)
 
 # The engine thaws within milliseconds; one that does not answer in this time is killed, which thaws as well.
 _THAW_TIMEOUT_S = 2.0
+# Of the round that was under way, of the stream that is gone, and its own.
+_THAW_ATTEMPTS = 3
 # Tasks that stand in a ptrace stop freeze within a millisecond.
 _FREEZE_TIMEOUT_S = 1.0
 # What the target does after COMMIT takes milliseconds; past this the outcome is asked for, not guessed.
@@ -60,6 +64,9 @@ class SourceMigration:
         self._freezer: Freezer
         self._ending: asyncio.Task[None] | None = None
         self._in_cut_over = False
+        self._cut_over_ended = asyncio.Event()
+        # What ended it; whatever fails after that is a consequence.
+        self._why: MigrateError | None = None
 
     @property
     def state(self) -> State:
@@ -72,8 +79,18 @@ class SourceMigration:
     @property
     def _live(self) -> Workers:
         if self._workers is None:
-            raise AbortedError(f"migration {self.id} has ended ({self.state.value})")
+            raise self._why or AbortedError(f"migration {self.id} has ended ({self.state.value})")
         return self._workers
+
+    @contextlib.contextmanager
+    def _saying_why(self) -> Iterator[None]:
+        """A request that fails because the migration is being rolled back fails with the reason for that."""
+        try:
+            yield
+        except MigrateError as error:
+            if self._why is None or self._why is error:
+                raise
+            raise self._why from error
 
     # ------------------------------------------------------------ prepare
 
@@ -104,6 +121,10 @@ class SourceMigration:
 
     async def connect(self, request: m.ConnectSource) -> m.SourceConnected:
         """Data link up, tracker armed."""
+        with self._saying_why():
+            return await self._connect(request)
+
+    async def _connect(self, request: m.ConnectSource) -> m.SourceConnected:
         live = self._live
         await live.stream.ask(
             base.StreamConnect(
@@ -123,7 +144,8 @@ class SourceMigration:
 
     async def run_round(self, number: int) -> m.RoundReport:
         """One pre-copy round."""
-        done = await self._live.engine.ask(base.SourceRound(round=number), base.SourceRoundDone)
+        with self._saying_why():
+            done = await self._live.engine.ask(base.SourceRound(round=number), base.SourceRoundDone)
         return done.report
 
     async def counters(self) -> base.StreamCounters:
@@ -154,16 +176,25 @@ class SourceMigration:
         self._host.journal.move(self.id, _SIDE, Event.FREEZE, facts=facts, undo=self._undo_of_cut_over())
         self._in_cut_over = True
         try:
+            return await self._cut_over(live, request)
+        finally:
+            self._in_cut_over = False
+            self._cut_over_ended.set()
+
+    async def _cut_over(self, live: Workers, request: m.CutOver) -> m.CutOverReport:
+        try:
             frozen, dumped, restored, parts = await self._freeze_until_restored(live, request)
+            # --- the decision: from this fsync on the target owns the container. If it fails, the record is not there,
+            # or the roll-back finds it and refuses.
+            clock = time.monotonic_ns()
+            self._host.journal.move(self.id, _SIDE, Event.RESTORED, Event.COMMIT, clear_undo=True)
         except (MigrateError, TimeoutError) as error:
             self._in_cut_over = False
             reason = self._reason(error, request)
             await self.abort(str(reason))
             return m.CutOverReport(outcome="rolled-back", error=failure_of(reason, self._host.name))
-        # --- the decision: from this fsync on the target owns the container
-        clock = time.monotonic_ns()
-        self._host.journal.move(self.id, _SIDE, Event.RESTORED, Event.COMMIT, clear_undo=True)
         self._in_cut_over = False
+        self._cut_over_ended.set()
         parts["journal"] = (time.monotonic_ns() - clock) / 1e6
         return await self._commit(live, frozen, dumped, restored, parts)
 
@@ -190,6 +221,8 @@ class SourceMigration:
         return frozen, dumped, restored, parts
 
     def _reason(self, error: BaseException, request: m.CutOver) -> MigrateError:
+        if self._why is not None:
+            return self._why
         if isinstance(error, TimeoutError):
             return NotConvergedError(
                 f"the freeze took longer than its budget of {request.freeze_budget_s:g} s; "
@@ -260,13 +293,17 @@ class SourceMigration:
         if self._in_cut_over or self._ending is not None or not may_abort(_SIDE, self.state):
             return
         _log.warning("%s: %s; the container runs on here", self.id, error)
+        self._why = error
         self._ending = asyncio.create_task(self._roll_back(str(error)))
 
     async def abort(self, reason: str) -> None:
         """End it before its commit point. Raises: MigrateError: it is past that."""
         if self._in_cut_over:
-            self._live.link.fail(AbortedError(reason or "aborted on request"), lasting=True)
-            return
+            self._why = self._why or AbortedError(reason)
+            # Whichever of the two is waited for; the link's error stays, for the wait that may come next.
+            self._live.engine.inbox.fail(self._why, lasting=False)
+            self._live.link.fail(self._why, lasting=True)
+            await self._cut_over_ended.wait()
         if self._ending is None:
             state = self.state
             if state in {State.ABORTED, State.RECLAIMED}:
@@ -276,6 +313,7 @@ class SourceMigration:
                     f"{self.id} is past its commit point ({state.value}): the target owns {self.container}",
                     code="committed", host=self._host.name,
                 )  # fmt: skip
+            self._why = self._why or AbortedError(reason)
             self._ending = asyncio.create_task(self._roll_back(reason))
         await asyncio.shield(self._ending)
 
@@ -301,12 +339,25 @@ class SourceMigration:
     async def _thaw_by_engine(self, live: Workers) -> None:
         try:
             async with asyncio.timeout(_THAW_TIMEOUT_S):
-                await live.engine.ask(base.SourceThaw(), base.EngineDone)
+                await self._ask_to_thaw(live)
         except (MigrateError, TimeoutError) as error:
             _log.warning("%s: the engine did not thaw (%s); its end does", self.id, error or "no answer")
             with contextlib.suppress(ProcessLookupError):
                 live.engine.process.kill()
             await live.engine.process.wait()
+
+    async def _ask_to_thaw(self, live: Workers) -> None:
+        """A failure that comes may be that of an earlier request, so it is asked again: thawing twice is thawing once."""
+        for _ in range(_THAW_ATTEMPTS - 1):
+            try:
+                await live.engine.ask(base.SourceThaw(), base.EngineDone)
+            except PortClosedError:
+                raise
+            except MigrateError as error:
+                _log.info("%s: %s, while it was to thaw", self.id, error)
+            else:
+                return
+        await live.engine.ask(base.SourceThaw(), base.EngineDone)
 
     async def _replay_packets(self, live: Workers) -> None:
         """Give the container what was caught for it, so that no sender waits for its retransmission timer."""
@@ -316,7 +367,9 @@ class SourceMigration:
             try:
                 with capture.open_injector(interface.host_name) as inject:
                     async with asyncio.timeout(_THAW_TIMEOUT_S):
-                        await live.stream.ask(base.StreamReplay(), base.StreamReplayed, fds=[inject.fileno()])
+                        await live.stream.ask(
+                            base.StreamReplay(), base.StreamReplayed, fds=[inject.fileno()], despite_failure=True
+                        )
             except (MigrateError, OSError, TimeoutError) as error:
                 _log.warning("%s: packets could not be replayed: %s", self.id, error)
 

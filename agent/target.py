@@ -169,6 +169,10 @@ class TargetMigration:
                 raise MigrateError(f"COMMIT of epoch {commit.epoch}, this is {self.epoch}", code="epoch")
             parts = self._run(restored)
             live.send_link(m.LinkRunning(migration=self.id, parts=parts))
+            # The source's catcher forwards until the network has learned; the container need not wait for this.
+            for network in self._networks:
+                network.announce()
+            live.stream.port.send(base.StreamAttached())
         except MigrateError as error:
             self._lost(error)
             return
@@ -185,8 +189,6 @@ class TargetMigration:
         mark()
         for network in self._networks:
             network.attach()
-            network.announce()
-        self._live.stream.port.send(base.StreamAttached())
         mark()
         reclaim.activate_sockets(restored.repaired)
         mark()
@@ -251,7 +253,7 @@ class TargetMigration:
     async def finish(self) -> None:
         """Wait until this side has cleaned up."""
         if self._following is not None:
-            await asyncio.shield(self._following)
+            await asyncio.wait({self._following})
         if self._ending is not None:
             await asyncio.shield(self._ending)
 

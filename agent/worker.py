@@ -37,6 +37,7 @@ class _Inbox:
         self._waiting: list[tuple[tuple[type, ...], asyncio.Future[Any]]] = []
         self._kept: list[msgspec.Struct] = []
         self.error: MigrateError | None = None
+        self._is_closed = False
 
     def put(self, record: msgspec.Struct) -> None:
         for index, (types, future) in enumerate(self._waiting):
@@ -47,8 +48,9 @@ class _Inbox:
                 return
         self._kept.append(record)
 
-    def fail(self, error: MigrateError, *, lasting: bool) -> None:
-        """Every waiter gets `error`; with `lasting` so does everyone who waits later."""
+    def fail(self, error: MigrateError, *, lasting: bool, closed: bool = False) -> None:
+        """Every waiter gets `error`; with `lasting` so does everyone who waits later. `closed`: nothing comes any more."""
+        self._is_closed |= closed
         if lasting and self.error is None:
             self.error = error
         waiting, self._waiting = self._waiting, []
@@ -56,12 +58,13 @@ class _Inbox:
             if not future.done():
                 future.set_exception(error)
 
-    async def get(self, *types: type[R]) -> R:
+    async def get(self, *types: type[R], despite_failure: bool = False) -> R:
+        """The next record of these types. `despite_failure`: also from a process that has failed and still answers."""
         for index, record in enumerate(self._kept):
             if isinstance(record, types):
                 del self._kept[index]
                 return record
-        if self.error is not None:
+        if self.error is not None and (self._is_closed or not despite_failure):
             raise self.error
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._waiting.append((types, future))
@@ -107,13 +110,15 @@ class Worker:
 
     def _closed(self) -> None:
         error = ipc.PortClosedError(f"the {self.name} process ended unexpectedly")
-        self.inbox.fail(error, lasting=True)
+        self.inbox.fail(error, lasting=True, closed=True)
         self._tell(error)
 
-    async def ask(self, record: msgspec.Struct, *answers: type[R], fds: Sequence[int] = ()) -> R:
+    async def ask(
+        self, record: msgspec.Struct, *answers: type[R], fds: Sequence[int] = (), despite_failure: bool = False
+    ) -> R:
         """Send a request and wait for one of its answers. Raises: what the process reported, or that it is gone."""
         self.port.send(record, fds)
-        return await self.inbox.get(*answers)
+        return await self.inbox.get(*answers, despite_failure=despite_failure)
 
     async def close(self) -> None:
         """End the process: closing the port tells it to; it is killed if it does not listen.
@@ -121,7 +126,7 @@ class Worker:
         Whoever still waits for it is told.
         """
         self.port.close()
-        self.inbox.fail(MigrateError(f"the {self.name} process was ended", code="ended"), lasting=True)
+        self.inbox.fail(MigrateError(f"the {self.name} process was ended", code="ended"), lasting=True, closed=True)
         try:
             await asyncio.wait_for(self.process.wait(), _EXIT_TIMEOUT_S)
         except TimeoutError:

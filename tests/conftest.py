@@ -8,8 +8,13 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.lab import Lab
+
+# A property is about facts, not about how long a busy machine takes for an example.
+settings.register_profile("facts", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("facts")
 
 TESTS = Path(__file__).parent
 # The folder says what a test is; `root` is for single tests and modules elsewhere.

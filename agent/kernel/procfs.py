@@ -285,8 +285,8 @@ def read_stat(pid: int, tid: int | None = None) -> TaskStat:
     f = data[closing + 2 :].split()  # f[0] is field 3 of proc_pid_stat(5)
     (
         ppid, pgid, sid, tty, flags, priority, nice, threads, start_time, start_code, end_code, start_stack,
-        exit_signal, rt_priority, policy, start_data, end_data, start_brk, arg_start, arg_end, env_start,
-        env_end, exit_code,
+        exit_signal, rt_priority, policy, start_data, end_data, start_brk, arg_start, arg_end, env_start, env_end,
+        exit_code,
     ) = (
         int(f[number - 3])
         for number in (4, 5, 6, 7, 9, 18, 19, 20, 22, 26, 27, 28, 38, 40, 41, 45, 46, 47, 48, 49, 50, 51, 52)
@@ -294,9 +294,10 @@ def read_stat(pid: int, tid: int | None = None) -> TaskStat:
     return TaskStat(
         pid=int(data[:opening]), name=os.fsdecode(data[opening + 1 : closing]), state=chr(f[0][0]), ppid=ppid,
         pgid=pgid, sid=sid, tty=tty, flags=flags, priority=priority, nice=nice, threads=threads,
-        start_time_ticks=start_time, start_code=start_code, end_code=end_code, start_stack=start_stack, exit_signal=exit_signal,
-        rt_priority=rt_priority, policy=policy, start_data=start_data, end_data=end_data, start_brk=start_brk,
-        arg_start=arg_start, arg_end=arg_end, env_start=env_start, env_end=env_end, exit_code=exit_code,
+        start_time_ticks=start_time, start_code=start_code, end_code=end_code, start_stack=start_stack,
+        exit_signal=exit_signal, rt_priority=rt_priority, policy=policy, start_data=start_data, end_data=end_data,
+        start_brk=start_brk, arg_start=arg_start, arg_end=arg_end, env_start=env_start, env_end=env_end,
+        exit_code=exit_code,
     )  # fmt: skip
 
 

@@ -78,12 +78,16 @@ def open_injector(device: str) -> socket.socket:
 
 
 def drain(capture: socket.socket) -> Iterator[bytes]:
-    """The frames that were caught so far; ends when there is none, without waiting."""
+    """The frames that were caught so far; ends when there is none, without waiting. Raises: KernelError."""
     while True:
         try:
             yield capture.recv(FRAME_BYTES, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
+        except OSError as error:
+            # Said once, when the catcher is removed; what was caught before can still be read.
+            if error.errno != errno.ENETDOWN:
+                raise KernelError("read a captured frame", error.errno or 0, error.strerror or "") from error
 
 
 def discard(capture: socket.socket) -> int:

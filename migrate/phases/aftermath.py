@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import trio
 
 from migrate.errors import failure_of
@@ -46,6 +47,40 @@ async def find_out(session: Session, lost: Exception) -> m.CutOverReport:
         f"{session.target.name} {_word(target)}"
     )
     return m.CutOverReport(outcome="in-doubt", error=failure_of(doubt))
+
+
+async def settle(session: Session, doubt: m.CutOverReport) -> m.CutOverReport:
+    """The source has committed and not heard from the target: bear witness of its COMMITTED, and of the answer.
+
+    Gives `doubt` back when that cannot be done within REACH_S. Never raises MigrateError.
+    """
+    with trio.move_on_after(REACH_S):
+        while True:
+            try:
+                source = await _state_of(session, Side.SOURCE, within_s=REACH_S)
+                target = await _state_of(session, Side.TARGET, within_s=REACH_S)
+                if source is State.COMMITTED and target is State.RESTORED:
+                    target = await _told(session, Side.TARGET, source)
+                if source is State.COMMITTED and target in {*_TARGET_RUNS_IT, State.DISCARDED}:
+                    source = await _told(session, Side.SOURCE, target)
+            except MigrateError as error:
+                session.tell(Warned(text=f"not settled yet: {error}"))
+            else:
+                if source in _SOURCE_HAS_IT:
+                    back = RolledBackError("the target was lost after the commit and had discarded its copy")
+                    return m.CutOverReport(outcome="rolled-back", error=failure_of(back))
+                if source in _TARGET_RUNS_IT:
+                    return msgspec.structs.replace(doubt, outcome="running", error=None)
+            await trio.sleep(RETRY_S)
+    return doubt
+
+
+async def _told(session: Session, side: Side, peer: State) -> State:
+    """Tell one side what the other's journal says. Gives its state afterwards."""
+    link = session.source if side is Side.SOURCE else session.target
+    ask = m.Settle(migration=session.migration, epoch=session.epoch, peer_state=peer.value)
+    await ask_even_if_lost(session, link, ask, m.Done, within_s=REACH_S)
+    return await _state_of(session, side, within_s=REACH_S)
 
 
 async def _state_of(session: Session, side: Side, *, within_s: float) -> State:

@@ -28,6 +28,8 @@ async def enter(session: Session) -> m.CutOverReport:
                 report = (await session.source.request(ask, m.CutOverDone)).report
         except (LinkLostError, trio.TooSlowError) as lost:
             report = await aftermath.find_out(session, lost)
+        if report.outcome == "in-doubt":
+            report = await aftermath.settle(session, report)
     session.tell(CutOverEnded(report=report))
     match report.outcome:
         case "running":

@@ -73,9 +73,11 @@ def processes(host: ContainerHost) -> dict[int, str]:
 
 def worker(host: ContainerHost, kind: str, side: str) -> int:
     """The pid, as we see it, of the one engine or stream of that side. Raises: AssertionError: not exactly one."""
-    wanted = [
+    found = [
         pid for pid, command in processes(host).items() if _PROGRAMS[kind] in command and f"--side {side}" in command
     ]
+    # It forks helpers, which look the same for as long as they live.
+    wanted = [pid for pid in found if _parent(pid) not in found]
     assert len(wanted) == 1, f"{host.name} has {len(wanted)} {side} {kind}s"
     return wanted[0]
 
@@ -89,10 +91,34 @@ def kill(host: ContainerHost, what: str) -> None:
     os.kill(worker(host, kind, side), signal.SIGKILL)
 
 
-def stands(pid: int) -> bool:
-    """Whether the process stands in a stop of its tracer. Source: proc_pid_stat(5), state t."""
-    stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    return stat[stat.rindex(")") + 2] == "t"
+def _parent(pid: int) -> int:
+    """Source: proc_pid_stat(5), field 4. 0: it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(stat[stat.rindex(")") + 2 :].split()[1])
+
+
+def is_frozen(pid: int) -> bool:
+    """Whether the control group of a container is frozen. Source: cgroups(7)."""
+    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        if "freezer" in controllers.split(","):
+            return Path(f"/sys/fs/cgroup/freezer{group}/freezer.state").read_text().strip() == "FROZEN"
+    (group,) = [line.split(":", 2)[2] for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines()]
+    return "frozen 1" in Path(f"/sys/fs/cgroup{group}/cgroup.events").read_text().splitlines()
+
+
+def is_traced(pid: int) -> bool:
+    """Whether somebody traces the process. Source: proc(5), TracerPid."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return re.search(r"^TracerPid:\t0$", status, re.MULTILINE) is None
+
+
+def waits_for_a_frame(pid: int) -> bool:
+    """Whether an engine has done all that it was told. Source: proc(5), /proc/PID/syscall: poll(2)."""
+    return Path(f"/proc/{pid}/syscall").read_text().split()[0] == "7"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +199,9 @@ class Moving:
         return self.wait_state(self.source, "precopy")
 
     def wait_freeze(self, container: Container) -> Row:
-        """Until the container stands, while its last state is sent."""
+        """Until the container is frozen, and stays so while its memory is sent."""
         row = self.wait_state(self.source, "cut-over")
-        wait_until(lambda: stands(container.pid), what="the freeze")
+        wait_until(lambda: is_frozen(container.pid), what="the freeze")
         return row
 
     def wait_over(self, host: ContainerHost) -> Row:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import pytest
 from tests.e2e import observe
 from tests.e2e.observe import Moving
 from tests.lab.containers import Container, ContainerHost
+from tests.lab.lab import wait_until
 from tests.lab.load import LoadReport, RedisLoad
 from tests.lab.scenario import Scenario
 
@@ -141,6 +143,27 @@ def _under_way(redis: Redis, source: ContainerHost, options: tuple[str, ...]) ->
     else:
         moving.wait_precopy()
     return moving
+
+
+def test_the_engine_dies_before_the_agent_knows_of_its_dump(redis: Redis):
+    """No task runs while its sockets are in repair mode, where a send fails: the engine's end alone is no thaw."""
+    with survives(redis) as source:
+        redis.scenario.lab.shape(redis.other, _SLOW_LINK)
+        moving = Moving(redis.scenario, redis.name, source, *_STOP_COPY)
+        moving.wait_state(source, "cut-over")
+        os.kill(source.agent_pid, signal.SIGSTOP)
+        try:
+            engine = observe.worker(source, "engine", "source")
+            wait_until(lambda: observe.is_traced(redis.container.pid), what="the freeze")
+            wait_until(lambda: observe.waits_for_a_frame(engine), what="the dump")
+            os.kill(engine, signal.SIGKILL)
+            wait_until(lambda: not observe.is_traced(redis.container.pid), what="the end of the engine's stop")
+        finally:
+            os.kill(source.agent_pid, signal.SIGCONT)
+        status, result = moving.end()
+        assert (status, result["status"]) == (5, "rolled-back"), result
+        assert moving.wait_over(source).state == "aborted"
+        assert moving.wait_over(moving.target).state == "discarded"
 
 
 def _abort(redis: Redis, moving: Moving) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from agent.arch import SYS
-from agent.engine.native import freeze
 from agent.engine.native.freeze import freeze_process, freeze_processes
 from agent.engine.native.remote import RemoteSyscalls
 from agent.engine.tracking.pagemap_scan import PagemapScanTracker
@@ -152,7 +151,10 @@ def test_a_stopped_process_stays_stopped() -> None:
         with RemoteSyscalls(frozen.leader) as remote:
             assert remote.call(SYS.getpid) == process.pid
         frozen.thaw()
-        assert procfs.read_stat(process.pid).state == "T"
+        # Let go, it runs as far as to its own stop again.
+        while (state := procfs.read_stat(process.pid).state) == "R":
+            os.sched_yield()
+        assert state == "T"
         os.kill(process.pid, signal.SIGCONT)
         os.waitpid(process.pid, os.WCONTINUED)
 
@@ -225,6 +227,3 @@ def test_the_process_lives_on_when_its_tracer_dies() -> None:
         )
         assert subprocess.run([sys.executable, "-c", source]).returncode == -signal.SIGKILL
         assert it.do("answer = 1") == 1
-
-
-assert freeze.RELEASE_TIMEOUT_S > 1  # the vfork test relies on it

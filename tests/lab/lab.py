@@ -96,9 +96,11 @@ class Lab:
         self._boots.clear()
         self._outer, self._outer_pid = None, 0
         _remove_cgroups(self.name)
-        if not self._keep:
-            shutil.rmtree(self.directory)
-        self._alive.close()
+        try:
+            if not self._keep:
+                _remove_tree(self.directory)
+        finally:
+            self._alive.close()
 
     def _boot_process(
         self, name: str, args: list[str], *, inside: int | None, tree: CgroupTree
@@ -286,6 +288,16 @@ def _lock(path: Path) -> Any:
         yield
 
 
+def _remove_tree(directory: Path) -> None:
+    """Another lab may sweep the same directory at this moment: what is gone is gone."""
+
+    def tolerate(_: Any, path: str, error: tuple[Any, BaseException, Any]) -> None:
+        if not isinstance(error[1], FileNotFoundError):
+            raise error[1]
+
+    shutil.rmtree(directory, onerror=tolerate)
+
+
 def _owner_is_gone(directory: Path) -> bool:
     try:
         alive: IO[str] = (directory / ".alive").open("r+")
@@ -306,7 +318,7 @@ def _sweep() -> None:
             tree = CgroupTree(f"{cgroups.PREFIX}{directory.name}")
             tree.kill()
             _remove_cgroups(directory.name)
-            shutil.rmtree(directory)
+            _remove_tree(directory)
 
 
 def _remove_cgroups(lab: str) -> None:

@@ -95,7 +95,7 @@ class SourceLoop(_Loop):
             case base.SourceVerifyStop():
                 answer = engine.verify_stop()
             case base.SourceThaw():
-                engine.thaw()
+                engine.thaw(group=True)
                 answer = base.EngineDone()
             case base.SourceRelease():
                 engine.release()
@@ -110,7 +110,7 @@ class SourceLoop(_Loop):
             self._ports.answer(base.EngineFailed(failure=record.failure))
 
     def end(self) -> None:
-        self._engine.thaw()
+        self._engine.thaw(group=False)
 
 
 class TargetLoop(_Loop):

@@ -342,9 +342,13 @@ class RemoteSyscalls:
 def find_syscall_instruction(tid: int, areas: Sequence[MemoryArea] | None = None) -> Address:
     """Its address in the vDSO of `tid`.
 
-    Raises: UnsupportedError: the process has no vDSO, or one without system calls.
+    Raises: UnsupportedError: the process has no vDSO, or one without system calls. TaskGoneError.
     """
-    vdso = next((a for a in (procfs.read_maps(tid) if areas is None else areas) if a.path == "[vdso]"), None)
+    if areas is None:
+        areas = procfs.read_maps(tid)
+    if not areas:
+        raise TaskGoneError(f"process {tid} has ended: it has no memory any more")
+    vdso = next((area for area in areas if area.path == "[vdso]"), None)
     if vdso is None:
         raise UnsupportedError(f"process {tid} has no vDSO, through which calls are made in it")
     offset = memory.process_vm_read(tid, vdso.start, vdso.size_bytes).find(current().syscall_instruction)

@@ -16,8 +16,9 @@ from agent.engine.native.ports import Ports
 from agent.engine.native.source_dump import TaskDump
 from agent.engine.native.source_task import SourceTask
 from agent.engine.native.stages import Clock, Deadline
+from agent.kernel.freezer import Freezer
 from agent.network import cut as network_cut
-from protocol.errors import MigrateError, UnsupportedError
+from protocol.errors import MigrateError, TaskGoneError, UnsupportedError
 from protocol.messages import RoundReport
 
 _log = logging.getLogger(__name__)
@@ -99,6 +100,8 @@ class SourceEngine:
         except BaseException:
             self._freeze = None
             freeze.undo()
+            # Nobody has heard of a dump: nobody can have given the container away.
+            freeze.let_go()
             raise
 
     def _prepare(self, freeze: _Freeze) -> None:
@@ -120,11 +123,16 @@ class SourceEngine:
         detail = self._freeze.broken()
         return base.SourceStopVerified(unbroken=not detail, detail=detail)
 
-    def thaw(self) -> None:
-        """Everything back, in the order that loses nothing; idempotent."""
+    def thaw(self, *, group: bool) -> None:
+        """Everything back, in the order that loses nothing; idempotent.
+
+        `group`: the control group as well. Only on request: with the agent gone, what it has decided is not known here.
+        """
         freeze, self._freeze = self._freeze, None
         if freeze is not None:
             freeze.undo()
+            if group:
+                freeze.let_go()
         if self._task is not None:
             self._task.close()
             self._task = None
@@ -161,6 +169,8 @@ class _Freeze:
         self._frozen: FrozenProcess | None = None
         self._files: files.PreparedDump | None = None
         self._cuts: list[network_cut.Cut] = []
+        self._freezer = Freezer.of(task.pid)
+        self._is_held = False
         self.dump: TaskDump
 
     def prepare(self) -> None:
@@ -191,6 +201,8 @@ class _Freeze:
         clock.part("scan")
         self.dump.finish()
         clock.part("answers")
+        self._hold()
+        clock.part("freeze group")
         ports.answer(base.SourceFrozen(monotonic_ns=clock.started_ns, tasks=sorted(self._frozen.tracees)))
         deadline.check()
         changed = [*self.dump.threads_changed(), *task.layout.changed(), *task.layout.opened_for(scan.ranges)]
@@ -216,6 +228,18 @@ class _Freeze:
             parts=clock.parts, dirty_bytes=scan.dirty_bytes, pids=[state.threads[0].tid],
             connections=sum(isinstance(record, files.TcpConnection) for record in dumped_files.objects),
         )  # fmt: skip
+
+    def _hold(self) -> None:
+        """From here on our end is no thaw: a task that ran while its sockets are in repair mode could not send."""
+        self._is_held = True
+        self._freezer.freeze()
+
+    def let_go(self) -> None:
+        """Undo `_hold`, after `undo`."""
+        if self._is_held:
+            self._is_held = False
+            with contextlib.suppress(TaskGoneError):
+                self._freezer.thaw()
 
     def _cut(self) -> None:
         for prepared in self._cuts:
