@@ -146,6 +146,33 @@ def _cpu() -> tuple[str, list[str]]:
     return (model[1] if model else ""), sorted(flags[1].split()) if flags else []
 
 
+# A control group's files: limit, use, and the name in memory.stat of what can be taken away at once.
+# Source: cgroup-v1/memory.rst (hierarchical figures), cgroup-v2.rst.
+_TOP_GROUPS = (
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+)
+
+
+def _memory_available() -> int:
+    """Bytes that new containers can have: of the machine, and of the topmost group that is seen here.
+
+    That group is the machine's own unless the agent lives in a cgroup namespace, as in a system container.
+    """
+    available = int(psutil.virtual_memory().available)
+    for directory, limit_name, usage_name, reclaimable_name in _TOP_GROUPS:
+        try:
+            limit, usage, statistics = (
+                Path(directory, name).read_text(encoding="ascii") for name in (limit_name, usage_name, "memory.stat")
+            )
+        except OSError:
+            continue  # another version, or the root of version 2, which has no limit
+        if limit.strip() != "max":
+            reclaimable = int(re.search(rf"^{reclaimable_name} (\d+)$", statistics, re.MULTILINE)[1])
+            available = min(available, max(0, int(limit) - int(usage) + reclaimable))
+    return available
+
+
 def collect(host: Host) -> HostReport:
     """The whole report; takes some tens of milliseconds."""
     features, notes = _features()
@@ -173,7 +200,7 @@ def collect(host: Host) -> HostReport:
         host=host.name, architecture=arch.current().name, kernel=platform.release(), agent_version=AGENT_VERSION,
         features=features, feature_notes=notes, cpu_model=model, cpu_flags=flags,
         xstate_bytes=xstate_bytes(), vdso_digest=vdso_digest(),
-        page_bytes=os.sysconf("SC_PAGE_SIZE"), memory_available=psutil.virtual_memory().available,
+        page_bytes=os.sysconf("SC_PAGE_SIZE"), memory_available=_memory_available(),
         cpus=psutil.cpu_count() or 1, runtimes=runtimes, containers=sorted(names), bridge=bridge,
         wall_clock=time.time(), state_dir_free=free,
     )  # fmt: skip

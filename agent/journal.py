@@ -65,6 +65,15 @@ class Entry:
         """The process that drives it is alive."""
         return _start_time(self.driver_pid) == self.driver_start
 
+    def busy(self) -> BusyError:
+        """Why its container cannot be moved by another migration: by whom it is held, and since when."""
+        since = time.strftime("%F %T", time.localtime(self.started))
+        return BusyError(
+            f"{self.container} is held by migration {self.migration} ({self.state.value}, "
+            f"started by {self.coordinator or 'unknown'} at {since})",
+            hint=f"wait for it, or: migrate abort {self.migration}",
+        )
+
     def status(self) -> MigrationStatus:
         """For a coordinator."""
         return MigrationStatus(
@@ -152,12 +161,7 @@ class Journal:
         with self._transaction() as db:
             for entry in self._select(db, "container = ?", (container,)):
                 if not entry.is_final:
-                    since = time.strftime("%F %T", time.localtime(entry.started))
-                    raise BusyError(
-                        f"{container} is held by migration {entry.migration} ({entry.state.value}, "
-                        f"started by {entry.coordinator or 'unknown'} at {since})",
-                        hint=f"wait for it, or: migrate abort {entry.migration}",
-                    )
+                    raise entry.busy()
             if self._select(db, "migration = ? AND side = ?", (migration, side.value)):
                 raise UsageError(f"migration {migration} is in the journal already")
             db.execute(

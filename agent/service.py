@@ -67,7 +67,7 @@ class Service:
         self.migrations[migration.id, migration.side] = migration
 
     async def shut_down(self) -> None:
-        """The agent ends: what is before its commit point is undone in order, the rest ends by itself or at the start."""
+        """The agent ends: what is before its commit point is undone in order; the rest ends by itself, or at the start."""
         for migration in list(self.migrations.values()):
             entry = self.host.journal.find(migration.id, migration.side)
             if entry is not None and may_abort(migration.side, entry.state):
@@ -208,6 +208,9 @@ class Session:
         )
 
     async def _inspect(self, body: m.InspectContainer) -> m.ContainerReportReply:
+        holder = self._host.journal.holder(body.container)
+        if holder is not None:
+            raise holder.busy()
         found = await asyncio.to_thread(containers.find, self._host.runtimes, body.container)
         report = await asyncio.to_thread(
             lambda: containers.report(

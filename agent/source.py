@@ -347,7 +347,7 @@ class SourceMigration:
             await live.engine.process.wait()
 
     async def _ask_to_thaw(self, live: Workers) -> None:
-        """A failure that comes may be that of an earlier request, so it is asked again: thawing twice is thawing once."""
+        """A failure may be that of an earlier request, so it is asked again: thawing twice is thawing once."""
         for _ in range(_THAW_ATTEMPTS - 1):
             try:
                 await live.engine.ask(base.SourceThaw(), base.EngineDone)

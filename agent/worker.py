@@ -49,7 +49,7 @@ class _Inbox:
         self._kept.append(record)
 
     def fail(self, error: MigrateError, *, lasting: bool, closed: bool = False) -> None:
-        """Every waiter gets `error`; with `lasting` so does everyone who waits later. `closed`: nothing comes any more."""
+        """Every waiter gets `error`; with `lasting` so do those who wait later. `closed`: nothing comes any more."""
         self._is_closed |= closed
         if lasting and self.error is None:
             self.error = error

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the reference pages that come from the code: wire format, states, error codes.
+"""Writes the reference pages that come from the code: wire format, states, error codes, support matrix.
 
 python docs/generate.py           write them
 python docs/generate.py --check   status 1 and their names if they are not what the code says
@@ -19,6 +19,7 @@ import msgspec
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from agent.engine.native.registry import RESOURCES  # noqa: E402
 from protocol import codec, connection, errors, framing, messages, pages, states  # noqa: E402
 
 REFERENCE = ROOT / "docs" / "reference"
@@ -227,7 +228,25 @@ exit status of `unsupported`); codes are never renamed. `error.host` says where,
 {table(["family", "exit status", "class", "meaning"], rows)}"""
 
 
-PAGES = {"wire-format.md": wire_format, "states.md": state_page, "error-codes.md": error_page}
+def support_page() -> str:
+    rows = [
+        [resource.name, resource.scope.value, resource.said("Survives") or "as it is", resource.said("Does not survive")]
+        for resource in RESOURCES
+    ]
+    return f"""# What survives a move
+
+{MARK}
+Whatever does not survive is refused by `migrate check` before anything is touched, unless the line says that it is only told.
+
+{table(["resource", "scope", "survives", "does not survive"], rows)}"""
+
+
+PAGES = {
+    "wire-format.md": wire_format,
+    "states.md": state_page,
+    "error-codes.md": error_page,
+    "support-matrix.md": support_page,
+}
 
 
 def main() -> int:

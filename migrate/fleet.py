@@ -95,7 +95,7 @@ async def locate(fleet: Fleet, container: str) -> str:
             hint=f"say which by --from {owners[0]}",
         )
     if not owners:
-        asked = ", ".join(lists) or "nobody"
+        asked = ", ".join(sorted(lists)) or "nobody"
         silent = "".join(f"; {error}" for error in errors.values())
         raise UnsupportedError(
             f"no host has a container {container} (asked: {asked}{silent})",

@@ -17,6 +17,11 @@ def size(size_bytes: float) -> str:
     return f"{value:.1f} {_STEPS[-1]}"
 
 
+def count(number: int, one: str, many: str = "") -> str:
+    """'1 thread', '5 threads'."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 def rate(bytes_per_second: float) -> str:
     """'120.0 MiB/s'."""
     return f"{size(bytes_per_second)}/s"

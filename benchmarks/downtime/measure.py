@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.downtime.records import Cell, Quiet, Run, longest_waits
-from tests.lab.host import BIN
+from tests.lab.demo import logs
+from tests.lab.host import BIN, LabError
+from tests.lab.lab import wait_until
 from tests.lab.load import LoadReport, RedisLoad
 from tests.lab.scenario import REDIS_PORT, Scenario, two_hosts
 
@@ -66,7 +68,7 @@ def _with_load(scenario: Scenario, plan: Plan, size_mb: int, dirty: int, say: Sa
                 size_mb=size_mb, dirty_mb_per_s=dirty, link=link, quiet=_quiet(load, plan.quiet_s), runs=[], failures=[]
             ), say)  # fmt: skip
             if not cell.runs:
-                raise BenchmarkError(f"no migration succeeded: {cell.failures}")
+                raise BenchmarkError(f"no migration succeeded: {cell.failures}\n{logs(scenario)}")
             yield cell
         for host in (scenario.a, scenario.b):
             scenario.lab.shape(host, None)
@@ -107,9 +109,16 @@ class FailedRunError(Exception):
 
 
 def _one_run(scenario: Scenario, load: RedisLoad) -> Run:
-    place = scenario.where(_NAME)
-    if len(place) != 1:
-        raise BenchmarkError(f"{_NAME} runs on {place}: not on exactly one host")
+    place: list[str] = []
+
+    def is_in_one_place() -> bool:
+        place[:] = scenario.where(_NAME)
+        return len(place) == 1
+
+    try:
+        wait_until(is_in_one_place)
+    except LabError as error:
+        raise BenchmarkError(f"{_NAME} runs on {place}, not on exactly one host\n{logs(scenario)}") from error
     target = scenario.b if place == [scenario.a.name] else scenario.a
     seen = follow(scenario, "container", _NAME, "--to", target.name)
     if seen.result["status"] != "completed":

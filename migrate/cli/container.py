@@ -166,6 +166,6 @@ def _print_outcome(settings: Settings, request: MigrationRequest, outcome: Check
         return
     settings.print(
         f"{request.container} can move from {outcome.source} to {outcome.target}: "
-        f"{units.size(seen.memory_bytes)}, {seen.processes} processes, {seen.threads} threads, "
-        f"{seen.connections} connections"
+        f"{units.size(seen.memory_bytes)}, {units.count(seen.processes, 'process', 'processes')}, "
+        f"{units.count(seen.threads, 'thread')}, {units.count(seen.connections, 'connection')}"
     )

@@ -18,11 +18,11 @@ from tests.lab.lab import wait_until
 from tests.lab.load import LoadReport, RedisLoad
 from tests.lab.scenario import Scenario
 
-# 48 MB: five seconds of pre-copy at 10 MB/s, two of a freeze at 200 Mbit/s.
-_FILLED_MB = 48
-_PRE_COPY = ("--bandwidth", "10M")
+# Four seconds of pre-copy at 5 MB/s, two of a freeze at 100 Mbit/s.
+_FILLED_MB = 20
+_PRE_COPY = ("--bandwidth", "5M")
 _STOP_COPY = ("--strategy", "stop-copy", "--freeze-budget", "60s")
-_SLOW_LINK = "200mbit"
+_SLOW_LINK = "100mbit"
 _NAMES = itertools.count(1)
 
 
