@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -41,29 +43,33 @@ def _start_logging(*, verbose: bool) -> None:
     logging.getLogger("asyncssh").setLevel(logging.WARNING)
 
 
+async def _until_stopped(work: Coroutine[Any, Any, None]) -> None:
+    """Until it ends, or a signal asks it to end in order."""
+    import asyncio
+    import signal
+
+    task = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        click.echo("migrate-agent: stopped", err=True)
+
+
 @command.command()
 @_config
 @_verbose
 def serve(config: Path | None, verbose: bool) -> None:
     """Listen for coordinators until told to stop."""
     import asyncio
-    import signal
 
     from agent import host, server, settings
 
     _start_logging(verbose=verbose)
 
-    async def main() -> None:
-        task = asyncio.ensure_future(server.serve(host.open_host(settings.load(config))))
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, task.cancel)
-        try:
-            await task
-        except asyncio.CancelledError:
-            click.echo("migrate-agent: stopped", err=True)
-
-    asyncio.run(main())
+    asyncio.run(_until_stopped(server.serve(host.open_host(settings.load(config)))))
 
 
 @command.command(hidden=True)
@@ -76,7 +82,7 @@ def stdio(config: Path | None, verbose: bool) -> None:
     from agent import host, server, settings
 
     _start_logging(verbose=verbose)
-    asyncio.run(server.serve_stdio(host.open_host(settings.load(config))))
+    asyncio.run(_until_stopped(server.serve_stdio(host.open_host(settings.load(config)))))
 
 
 @command.command()

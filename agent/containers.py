@@ -222,6 +222,18 @@ def report(found: Found, *, storage: str, tcp: str, network: str, bridge: str) -
         raise UnsupportedError(
             f"{item.name} is {item.status}, not running", code="not-running", hint="only running containers move live"
         )
+    try:
+        return _report(found, storage=storage, tcp=tcp, network=network, bridge=bridge)
+    except (FileNotFoundError, ProcessLookupError) as error:
+        if Path(f"/proc/{item.pid}/exe").exists():
+            raise
+        raise UnsupportedError(
+            f"{item.name} ended while it was looked at", code="not-running", hint="only running containers move live"
+        ) from error
+
+
+def _report(found: Found, *, storage: str, tcp: str, network: str, bridge: str) -> ContainerReport:
+    item = found.container
     config_json = read_config(item.bundle)
     checked = check_container(item.pid, storage=storage, tcp=tcp, network=network)
     named = network_inspect.named_namespace_of(item.pid, config_json)

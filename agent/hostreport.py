@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import ipaddress
 import os
 import platform
 import re
@@ -11,7 +12,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from agent.kernel.namespaces import Namespace, unshare
 from agent.kernel.syscalls import syscall
 from agent.kernel.types import Fd, Tid
 from agent.kernel.unistd import SYS
+from agent.network.namespaces import NAMED_DIRECTORIES, inside
 from protocol.errors import MigrateError, UnsupportedError
 from protocol.messages import HostReport, RuntimeInfo
 
@@ -168,9 +170,39 @@ def _memory_available() -> int:
         except OSError:
             continue  # another version, or the root of version 2, which has no limit
         if limit.strip() != "max":
-            reclaimable = int(re.search(rf"^{reclaimable_name} (\d+)$", statistics, re.MULTILINE)[1])
+            found = re.search(rf"^{reclaimable_name} (\d+)$", statistics, re.MULTILINE)
+            reclaimable = int(found[1]) if found else 0
             available = min(available, max(0, int(limit) - int(usage) + reclaimable))
     return available
+
+
+def _addresses(container_pids: Iterable[int]) -> list[str]:
+    """IP addresses of this host, its named network namespaces and its containers, without loopback and link-local ones.
+
+    A container that moves here must not bring one of these.
+    """
+    places = [f"/proc/{pid}/ns/net" for pid in container_pids]
+    for directory in NAMED_DIRECTORIES:
+        with contextlib.suppress(OSError):
+            places += [f"{directory}/{name}" for name in os.listdir(directory)]
+    found = _own_addresses()
+    for place in places:
+        # One that has gone, or a file that is no namespace, has no addresses.
+        with contextlib.suppress(OSError, MigrateError), inside(place):
+            found |= _own_addresses()
+    return sorted(found)
+
+
+def _own_addresses() -> set[str]:
+    """Of the network namespace that the calling thread is in."""
+    found = set()
+    for addresses in psutil.net_if_addrs().values():
+        for address in addresses:
+            if address.family in {socket.AF_INET, socket.AF_INET6}:
+                parsed = ipaddress.ip_address(address.address.partition("%")[0])
+                if not parsed.is_loopback and not parsed.is_link_local:
+                    found.add(str(parsed))
+    return found
 
 
 def collect(host: Host) -> HostReport:
@@ -179,10 +211,13 @@ def collect(host: Host) -> HostReport:
     model, flags = _cpu()
     runtimes = []
     names: list[str] = []
+    pids: list[int] = []
     for runtime in host.runtimes:
         try:
             runtimes.append(RuntimeInfo(kind=runtime.kind, version=runtime.version(), root=runtime.root))
-            names += [item.name for item in runtime.containers()]
+            found = runtime.containers()
+            names += [item.name for item in found]
+            pids += [item.pid for item in found if item.pid]
         except MigrateError as error:
             features[f"runtime_{runtime.kind}"] = False
             notes[f"runtime_{runtime.kind}"] = error.message
@@ -202,5 +237,5 @@ def collect(host: Host) -> HostReport:
         xstate_bytes=xstate_bytes(), vdso_digest=vdso_digest(),
         page_bytes=os.sysconf("SC_PAGE_SIZE"), memory_available=_memory_available(),
         cpus=psutil.cpu_count() or 1, runtimes=runtimes, containers=sorted(names), bridge=bridge,
-        wall_clock=time.time(), state_dir_free=free,
+        wall_clock=time.time(), state_dir_free=free, addresses=_addresses(pids),
     )  # fmt: skip

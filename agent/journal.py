@@ -74,12 +74,12 @@ class Entry:
             hint=f"wait for it, or: migrate abort {self.migration}",
         )
 
-    def status(self) -> MigrationStatus:
-        """For a coordinator."""
+    def status(self, *, copy_alive: bool = True) -> MigrationStatus:
+        """For a coordinator. `copy_alive`: whether this side's tasks are there."""
         return MigrationStatus(
             migration=self.migration, epoch=self.epoch, side=self.side.value, state=self.state.value,
             container=self.container, peer=self.peer, since=self.since, started=self.started,
-            coordinator=self.coordinator, detail=self.detail,
+            coordinator=self.coordinator, detail=self.detail, copy_alive=copy_alive,
         )  # fmt: skip
 
 
@@ -160,6 +160,12 @@ class Journal:
         now = time.time()
         with self._transaction() as db:
             for entry in self._select(db, "container = ?", (container,)):
+                if entry.is_final and self._has_undo(db, entry):
+                    raise BusyError(
+                        f"migration {entry.migration} of {container} has ended ({entry.state.value}), and what it did "
+                        "here is not all undone",
+                        hint="try again in a moment; if that does not help: restart migrate-agent and see its log",
+                    )
                 if not entry.is_final:
                     raise entry.busy()
             if self._select(db, "migration = ? AND side = ?", (migration, side.value)):
@@ -169,6 +175,11 @@ class Journal:
                 (migration, side.value, epoch, State.PREPARING.value, container, peer, coordinator, now, now,
                  *self._driver, json.dumps(facts or {})),
             )  # fmt: skip
+
+    @staticmethod
+    def _has_undo(db: sqlite3.Connection, entry: Entry) -> bool:
+        where = (entry.migration, entry.side.value)
+        return db.execute("SELECT 1 FROM undo WHERE migration=? AND side=? LIMIT 1", where).fetchone() is not None
 
     def move(
         self, migration: str, side: Side, *events: Event, detail: str = "", facts: dict[str, Any] | None = None,
@@ -196,14 +207,17 @@ class Journal:
             self._add_undo(db, migration, side, undo)
         return state
 
-    def adopt(self, migration: str, side: Side) -> None:
-        """This process drives it from now on."""
+    def adopt(self, migration: str, side: Side) -> bool:
+        """This process drives it from now on. False: another one does, and lives."""
         with self._transaction() as db:
-            self._one(db, migration, side)
+            entry = self._one(db, migration, side)
+            if entry.is_driven and entry.driver_pid != self._driver[0]:
+                return False
             db.execute(
                 "UPDATE migrations SET driver_pid=?, driver_start=? WHERE migration=? AND side=?",
                 (*self._driver, migration, side.value),
             )
+        return True
 
     def undo_ahead(self, migration: str, side: Side, *undo: Undo) -> None:
         """Write down, durably, how to take back what is done next."""

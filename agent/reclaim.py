@@ -30,6 +30,11 @@ from protocol.states import TRANSITIONS, Event, Side, State, may_abort
 
 _log = logging.getLogger(__name__)
 
+# What a target's journal says when the container runs, or ran, there.
+TARGET_RUNS = frozenset({State.RUNNING, State.FINISHED, State.FORCED})
+# What a source's journal says when it has given the container away, and when it has it back.
+SOURCE_GAVE = frozenset({State.COMMITTED, State.RUNNING, State.FINISHED})
+SOURCE_KEPT = frozenset({State.ABORTED, State.RECLAIMED})
 # Dead tasks are reaped by their parent or tracer in milliseconds.
 _DEATH_TIMEOUT_S = 10.0
 
@@ -101,12 +106,12 @@ async def settle_source(host: Host, migration: str, peer_state: State, peer_epoc
     entry = host.journal.find(migration, Side.SOURCE)
     if entry is None:
         raise UsageError(f"no migration {migration} on {host.name} as source", host=host.name)
-    if peer_epoch > entry.epoch and (Side.SOURCE, entry.state, Event.HIGHER_EPOCH) in TRANSITIONS:
+    runs_there = peer_state in TARGET_RUNS
+    if runs_there and peer_epoch > entry.epoch and (Side.SOURCE, entry.state, Event.HIGHER_EPOCH) in TRANSITIONS:
         # Somebody declared this host dead and let the target run: this copy must go, even if it runs.
         state = host.journal.move(migration, Side.SOURCE, Event.HIGHER_EPOCH, epoch=peer_epoch, clear_undo=True)
         await _remove_source_copy(entry.facts)
         return state
-    runs_there = peer_state in {State.RUNNING, State.FINISHED, State.FORCED}
     if entry.state is State.RUNNING or (entry.state is State.COMMITTED and runs_there):
         if entry.state is State.COMMITTED:
             host.journal.move(migration, Side.SOURCE, Event.RUNNING)
@@ -114,21 +119,36 @@ async def settle_source(host: Host, migration: str, peer_state: State, peer_epoc
         return host.journal.move(migration, Side.SOURCE, Event.CLEANED)
     if entry.state is State.COMMITTED and peer_state is State.DISCARDED:
         state = host.journal.move(migration, Side.SOURCE, Event.TARGET_DISCARDED, undo=undo_of_committed(entry.facts))
-        failures = await asyncio.to_thread(undo.run_pending, host.state_dir, migration, Side.SOURCE)
-        if failures:
-            raise InDoubtError(f"{entry.container} was reclaimed, but: {'; '.join(failures)}", host=host.name)
+        await _take_back(host, entry, "was reclaimed")
+        return state
+    frozen_here = entry.state in {State.CUT_OVER, State.RESTORED}
+    if frozen_here and peer_state is State.DISCARDED and not tasks_alive(entry.facts):
+        # So left by a start of the agent that found no tasks; the target's copy is gone as well.
+        state = host.journal.move(migration, Side.SOURCE, Event.ABORT, detail="both copies are gone")
+        await _take_back(host, entry, "was aborted")
         return state
     if entry.is_final:
         return entry.state
     raise InDoubtError(
-        f"{host.name} is {entry.state.value}, the target {peer_state.value}: nothing to settle yet", host=host.name
-    )
+        f"{host.name} is {entry.state.value}, the target {peer_state.value}: nothing to settle yet", host=host.name,
+        hint=f"migrate recover {migration}, when the target has decided",
+    )  # fmt: skip
+
+
+async def _take_back(host: Host, entry: Entry, what: str) -> None:
+    failures = await asyncio.to_thread(undo.run_pending, host.state_dir, entry.migration, entry.side)
+    if failures:
+        raise InDoubtError(
+            f"{entry.container} {what}, but not all could be undone: {'; '.join(failures)}", host=host.name,
+            hint="restart migrate-agent: it tries again",
+        )  # fmt: skip
 
 
 async def _remove_source_copy(facts: Mapping[str, Any]) -> None:
+    """Its network first: with its engine gone its sockets may be out of repair mode, and their end would be heard."""
+    await asyncio.to_thread(forget_source_network, facts)
     await asyncio.to_thread(kill_source_copy, facts)
     await asyncio.to_thread(delete_source_container, facts)
-    await asyncio.to_thread(forget_source_network, facts)
 
 
 def undo_of_committed(facts: Mapping[str, Any]) -> list[Undo]:
@@ -164,13 +184,22 @@ def activate_sockets(sockets: Sequence[base.RepairedSocket]) -> None:
 
 
 def run_target(facts: Mapping[str, Any]) -> None:
-    """What COMMIT means, for an agent that was started anew: attach, announce, activate, thaw."""
-    for host_name in facts["host_names"]:
-        build.attach_by_name(host_name, facts["bridge"])
-    activate_sockets(
-        [base.RepairedSocket(pid=pid, fd=fd, unsent=base64.b64decode(unsent)) for pid, fd, unsent in facts["repaired"]]
-    )
-    Freezer.at(facts["freezer"]).thaw()
+    """What COMMIT means, for an agent that was started anew: attach, activate, and thaw whatever those two did.
+
+    Raises: MigrateError: it runs, and what does not work; call it again when that is mended.
+    """
+    try:
+        for host_name in facts["host_names"]:
+            build.attach_by_name(host_name, facts["bridge"])
+        activate_sockets(
+            [
+                base.RepairedSocket(pid=pid, fd=fd, unsent=base64.b64decode(unsent))
+                for pid, fd, unsent in facts["repaired"]
+            ]
+        )
+    finally:
+        # Nobody else has a copy that may run.
+        Freezer.at(facts["freezer"]).thaw()
 
 
 async def settle_target(host: Host, migration: str, peer_state: State | None, *, source_is_dead: bool) -> State:
@@ -180,13 +209,15 @@ async def settle_target(host: Host, migration: str, peer_state: State | None, *,
     """
     entry = host.journal.find(migration, Side.TARGET)
     if entry is None:
-        raise UsageError(f"no migration {migration} on {host.name} as target")
-    if entry.state is State.RESTORED and peer_state in {State.ABORTED, State.RECLAIMED}:
+        raise UsageError(f"no migration {migration} on {host.name} as target", host=host.name)
+    if entry.state is State.RESTORED and peer_state in SOURCE_KEPT:
         # First of all: a source that is known to run must never be overruled by 'the source is dead'.
         state = host.journal.move(migration, Side.TARGET, Event.ABORT, detail="the source aborted")
-        await asyncio.to_thread(undo.run_pending, host.state_dir, migration, Side.TARGET)
+        failures = await asyncio.to_thread(undo.run_pending, host.state_dir, migration, Side.TARGET)
+        if failures:
+            raise left_behind(host, migration, failures)
         return state
-    committed = peer_state in {State.COMMITTED, State.RUNNING, State.FINISHED}
+    committed = peer_state in SOURCE_GAVE
     if entry.state is State.RESTORED and (committed or source_is_dead):
         if committed:
             host.journal.move(migration, Side.TARGET, Event.COMMIT, clear_undo=True)
@@ -201,7 +232,15 @@ async def settle_target(host: Host, migration: str, peer_state: State | None, *,
         return entry.state
     raise InDoubtError(
         f"{host.name} is {entry.state.value}, the source {peer_state.value if peer_state else 'unknown'}: "
-        "nothing to settle yet", host=host.name,
+        "nothing to settle yet", host=host.name, hint=f"migrate recover {migration}, when the source can be asked",
+    )  # fmt: skip
+
+
+def left_behind(host: Host, migration: str, failures: Sequence[str]) -> MigrateError:
+    """Of a discarded target some things are still there."""
+    return MigrateError(
+        f"{migration} was discarded, but not all could be removed: {'; '.join(failures)}",
+        code="left-behind", host=host.name, hint="restart migrate-agent: it tries again",
     )  # fmt: skip
 
 
@@ -215,12 +254,18 @@ async def settle_at_start(host: Host) -> list[str]:
     """
     said = []
     for entry in host.journal.unsettled():
-        if entry.is_driven and entry.driver_pid != os.getpid():
-            continue
         try:
+            if not host.journal.adopt(entry.migration, entry.side):
+                continue  # another agent is at it
             said.append(await _settle_one(host, entry))
         except (MigrateError, OSError) as error:
             said.append(f"{entry.migration}: {error}")
+        except (LookupError, TypeError, ValueError) as error:
+            # Written by another version, perhaps; one such record must not keep the agent from all others.
+            said.append(
+                f"{entry.migration}: {entry.side.value} {entry.state.value} of {entry.container}: its record is not "
+                f"understood ({type(error).__name__}: {error})"
+            )
     return [line for line in said if line]
 
 
@@ -228,7 +273,7 @@ async def _settle_one(host: Host, entry: Entry) -> str:
     migration, side, state = entry.migration, entry.side, entry.state
     if entry.is_final:
         return await _undo_rest(host, entry)
-    alive = _tasks_alive(entry.facts)
+    alive = tasks_alive(entry.facts)
     match side, state:
         case Side.SOURCE, State.COMMITTED:
             return f"{migration}: committed, the copy here stays frozen until the target is heard: migrate recover"
@@ -249,7 +294,7 @@ async def _undo_rest(host: Host, entry: Entry) -> str:
     return f"{entry.migration}: undone" + (f", except {'; '.join(failures)}" if failures else "")
 
 
-def _tasks_alive(facts: Mapping[str, Any]) -> bool:
+def tasks_alive(facts: Mapping[str, Any]) -> bool:
     """Whether this side's copy has tasks. True before the journal knows of a copy."""
     if "freezer" not in facts:
         return True

@@ -15,7 +15,7 @@ from agent import reclaim
 from agent.host import Host
 from agent.service import ROLES, SUBSYSTEM, Service, Session
 from agent.settings import Settings
-from protocol.errors import UsageError
+from protocol.errors import MigrateError, UsageError
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ async def serve(host: Host) -> None:
         try:
             await listener.wait_closed()
         finally:
+            listener.close()  # nothing new is begun while the rest is undone
             await service.shut_down()
 
 
@@ -106,6 +107,13 @@ async def serve_stdio(host: Host) -> None:
     transport, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, wire_out)
     client: Any = os.environ.get("SSH_CONNECTION", "local").split()[0]
     session = Session(service, write=transport.write, role="operate", peer=client, peer_address=client)
-    await session.run(lambda: reader.read(_READ_BYTES))
-    for migration in list(service.migrations.values()):
-        await migration.finish()
+    try:
+        await session.run(lambda: reader.read(_READ_BYTES))
+        for migration in list(service.migrations.values()):
+            try:
+                await migration.finish()
+            except MigrateError as error:
+                _log.warning("%s: %s", migration.id, error)
+    finally:
+        await service.shut_down()
+        transport.close()

@@ -15,7 +15,7 @@ from agent.source import SourceMigration, failure_of
 from agent.target import TargetMigration
 from protocol import messages as m
 from protocol.connection import NEED_DATA, Connection, ConnectionClosed, Role
-from protocol.errors import LocalProtocolError, MigrateError, PeerError, ProtocolError, UsageError
+from protocol.errors import BusyError, LocalProtocolError, MigrateError, PeerError, ProtocolError, UsageError
 from protocol.negotiation import choose_version
 from protocol.states import Side, State, may_abort
 
@@ -55,19 +55,32 @@ class Service:
         """What this process drives of a migration. Raises: UsageError: nothing."""
         found = [item for (name, _), item in self.migrations.items() if name == migration]
         if not found:
+            for entry in self.host.journal.entries(migration, unfinished_only=True) if migration else ():
+                if entry.is_driven:
+                    raise BusyError(
+                        f"migration {migration} belongs to another agent process ({entry.driver_pid})",
+                        host=self.host.name, hint=f"end it where it was started: {entry.coordinator}",
+                    )  # fmt: skip
             raise UsageError(f"no migration {migration} on this host", host=self.host.name)
         return found
 
+    def has(self, migration: str) -> bool:
+        """Whether this process drives a side of it."""
+        return any(name == migration for name, _ in self.migrations)
+
     def add(self, migration: Migration) -> None:
-        """Keep it; ended ones make room."""
+        """Keep it; ended ones make room. Raises: UsageError: there is one of this id."""
+        if (migration.id, migration.side) in self.migrations:
+            raise UsageError(f"migration {migration.id} is under way already", host=self.host.name)
         self.migrations = {
             key: item for key, item in self.migrations.items()
-            if (entry := self.host.journal.find(item.id, item.side)) is not None and not entry.is_final
+            # One without an entry is about to begin.
+            if (entry := self.host.journal.find(item.id, item.side)) is None or not entry.is_final
         }  # fmt: skip
         self.migrations[migration.id, migration.side] = migration
 
     async def shut_down(self) -> None:
-        """The agent ends: what is before its commit point is undone in order; the rest ends by itself, or at the start."""
+        """The agent ends: what is before its commit point is undone in order; the rest by itself or at the start."""
         for migration in list(self.migrations.values()):
             entry = self.host.journal.find(migration.id, migration.side)
             if entry is not None and may_abort(migration.side, entry.state):
@@ -169,17 +182,20 @@ class Session:
 
     async def _orphan(self) -> None:
         """The coordinator is gone: what it began and is before the freeze ends in order; the rest ends by itself."""
-        for migration in self._mine:
-            entry = self._host.journal.find(migration.id, migration.side)
-            if entry is None or entry.state not in {State.PREPARING, State.PRECOPY}:
-                continue
-            if may_abort(migration.side, entry.state):
-                try:
-                    await migration.abort("the connection to the coordinator was lost")
-                except MigrateError as error:
-                    _log.warning("%s: %s", migration.id, error)
+        await self._abort_mine()
         if self._tasks:
             await asyncio.wait(self._tasks)
+            # What was just being begun has begun now.
+            await self._abort_mine()
+
+    async def _abort_mine(self) -> None:
+        for migration in list(self._mine):
+            try:
+                entry = self._host.journal.find(migration.id, migration.side)
+                if entry is not None and entry.state in {State.PREPARING, State.PRECOPY}:
+                    await migration.abort("the connection to the coordinator was lost")
+            except MigrateError as error:
+                _log.warning("%s: %s", migration.id, error)
 
     # ------------------------------------------------------------ requests
 
@@ -236,14 +252,15 @@ class Session:
 
     async def _begin_source(self, body: m.BeginSource) -> m.SourceBegun:
         migration = SourceMigration(self._host, body, self._coordinator)
+        self._service.add(migration)
         return await self._start(migration, migration.begin())
 
     async def _prepare_target(self, body: m.PrepareTarget) -> m.TargetPrepared:
         migration = TargetMigration(self._host, body, self._coordinator)
-        return await self._start(migration, migration.prepare(""))
+        self._service.add(migration)
+        return await self._start(migration, migration.prepare(body.source_address))
 
     async def _start(self, migration: Migration, coming: Awaitable[T]) -> T:
-        self._service.add(migration)
         self._mine.append(migration)
         try:
             return await coming
@@ -282,13 +299,20 @@ class Session:
         return m.Done(detail="aborted")
 
     async def _finish(self, body: m.Finish) -> m.Done:
+        entries = self._host.journal.entries(body.migration)
+        if entries and all(entry.is_final for entry in entries) and not self._service.has(body.migration):
+            return m.Done()  # this process was started after it had ended
         for migration in self._service.sides(body.migration):
             await migration.finish()
         return m.Done()
 
     async def _status(self, body: m.GetStatus) -> m.StatusReply:
         entries = self._host.journal.entries(body.migration, unfinished_only=body.unfinished_only)
-        return m.StatusReply(migrations=[entry.status() for entry in entries])
+        return m.StatusReply(
+            migrations=[
+                entry.status(copy_alive=entry.is_final or reclaim.tasks_alive(entry.facts)) for entry in entries
+            ]
+        )
 
     async def _settle(self, body: m.Settle) -> m.Done:
         try:
@@ -302,6 +326,11 @@ class Session:
             if body.epoch < entry.epoch:
                 raise UsageError(f"epoch {body.epoch} is older than {entry.epoch} here", host=self._host.name)
             live = self._service.migrations.get((entry.migration, entry.side))
+            if live is None and not entry.is_final and not self._host.journal.adopt(entry.migration, entry.side):
+                raise BusyError(
+                    f"agent process {entry.driver_pid} is still at migration {entry.migration}", host=self._host.name,
+                    hint="wait until it has ended, and try again",
+                )  # fmt: skip
             match live, entry.side:
                 case SourceMigration(), _ if peer_state is not None:
                     return await live.settle(peer_state, body.epoch)

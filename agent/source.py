@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from agent import containers, reclaim, undo
+from agent import background, containers, reclaim, undo
 from agent.engine import base
 from agent.host import Host
 from agent.ipc import PortClosedError
@@ -21,9 +21,10 @@ from agent.journal import Undo
 from agent.kernel.freezer import Freezer
 from agent.network import capture
 from agent.worker import Workers
+from protocol import link_messages as link
 from protocol import messages as m
 from protocol.errors import AbortedError, InDoubtError, MigrateError, NotConvergedError, UnsupportedError, family_of
-from protocol.states import Event, Side, State, may_abort
+from protocol.states import Event, Side, State, may_abort, owner
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ _log = logging.getLogger(__name__)
 _THAW_TIMEOUT_S = 2.0
 # Of the round that was under way, of the stream that is gone, and its own.
 _THAW_ATTEMPTS = 3
+# What the engine does before it stops the first task (catchers, garbage collection) is in no freeze budget.
+_READY_TO_FREEZE_S = 5.0
 # Tasks that stand in a ptrace stop freeze within a millisecond.
 _FREEZE_TIMEOUT_S = 1.0
 # What the target does after COMMIT takes milliseconds; past this the outcome is asked for, not guessed.
@@ -63,6 +66,8 @@ class SourceMigration:
         self._report: m.ContainerReport
         self._freezer: Freezer
         self._ending: asyncio.Task[None] | None = None
+        self._is_beginning = True
+        self._begun = asyncio.Event()
         self._in_cut_over = False
         self._cut_over_ended = asyncio.Event()
         # What ended it; whatever fails after that is a consequence.
@@ -78,7 +83,7 @@ class SourceMigration:
 
     @property
     def _live(self) -> Workers:
-        if self._workers is None:
+        if self._workers is None or self._why is not None:
             raise self._why or AbortedError(f"migration {self.id} has ended ({self.state.value})")
         return self._workers
 
@@ -96,6 +101,13 @@ class SourceMigration:
 
     async def begin(self) -> m.SourceBegun:
         """Lock, inspect, start the processes. On failure nothing stays behind."""
+        try:
+            return await self._begin()
+        finally:
+            self._is_beginning = False
+            self._begun.set()
+
+    async def _begin(self) -> m.SourceBegun:
         found = await asyncio.to_thread(containers.find, self._host.runtimes, self.container)
         self._host.journal.begin(
             migration=self.id, side=_SIDE, epoch=self.epoch, container=self.container,
@@ -114,8 +126,10 @@ class SourceMigration:
             self._freezer = Freezer.of(self._report.pid)
             self._workers = await Workers.start(_SIDE, self._lost)
             key = await self._live.stream.ask(base.StreamMakeKey(), base.StreamKey)
-        except BaseException:
-            await self.abort("the source could not be prepared")
+            _ = self._live  # nobody has ended it meanwhile
+        except BaseException as error:
+            self._is_beginning = False
+            await self.abort(f"the source could not be prepared: {error}")
             raise
         return m.SourceBegun(client_public_key=key.public_key, report=self._report)
 
@@ -150,7 +164,8 @@ class SourceMigration:
 
     async def counters(self) -> base.StreamCounters:
         """What the stream has moved so far."""
-        return await self._live.stream.ask(base.StreamGetCounters(), base.StreamCounters)
+        with self._saying_why():
+            return await self._live.stream.ask(base.StreamGetCounters(), base.StreamCounters)
 
     # ------------------------------------------------------------ cut-over
 
@@ -188,7 +203,7 @@ class SourceMigration:
             # or the roll-back finds it and refuses.
             clock = time.monotonic_ns()
             self._host.journal.move(self.id, _SIDE, Event.RESTORED, Event.COMMIT, clear_undo=True)
-        except (MigrateError, TimeoutError) as error:
+        except Exception as error:  # noqa: BLE001  (whatever it was, nobody else would thaw the container)
             self._in_cut_over = False
             reason = self._reason(error, request)
             await self.abort(str(reason))
@@ -200,10 +215,11 @@ class SourceMigration:
 
     async def _freeze_until_restored(
         self, live: Workers, request: m.CutOver
-    ) -> tuple[base.SourceFrozen, base.SourceDumped, m.LinkRestored, dict[str, float]]:
-        frozen = await live.engine.ask(
-            base.SourceCutOver(freeze_budget_s=request.freeze_budget_s, cut=self._interfaces), base.SourceFrozen
-        )
+    ) -> tuple[base.SourceFrozen, base.SourceDumped, link.LinkRestored, dict[str, float]]:
+        async with asyncio.timeout(request.freeze_budget_s + _READY_TO_FREEZE_S):
+            frozen = await live.engine.ask(
+                base.SourceCutOver(freeze_budget_s=request.freeze_budget_s, cut=self._interfaces), base.SourceFrozen
+            )
         spent_s = (time.monotonic_ns() - frozen.monotonic_ns) / 1e9
         async with asyncio.timeout(max(0.0, request.freeze_budget_s - spent_s)):
             dumped = await live.engine.inbox.get(base.SourceDumped)
@@ -214,7 +230,9 @@ class SourceMigration:
             stop = await live.engine.ask(base.SourceVerifyStop(), base.SourceStopVerified)
             if not stop.unbroken:
                 raise MigrateError(f"the container ran again while it was dumped: {stop.detail}", code="stop-broken")
-            restored = await live.link.get(m.LinkRestored)
+            restored = await live.link.get(link.LinkRestored)
+            if live.link.error is not None:  # lost since then: better undone than in doubt
+                raise live.link.error
         parts = dict(dumped.parts)
         parts["hand-over"] = (heard - frozen.monotonic_ns) / 1e6 - sum(dumped.parts.values())
         parts["copy and restore"] = (time.monotonic_ns() - heard) / 1e6
@@ -231,19 +249,20 @@ class SourceMigration:
             )  # fmt: skip
         if isinstance(error, MigrateError):
             return error
-        raise error
+        _log.error("%s: the cut-over failed", self.id, exc_info=error)
+        return MigrateError(f"the cut-over failed: {type(error).__name__}: {error}")
 
     async def _commit(
-        self, live: Workers, frozen: base.SourceFrozen, dumped: base.SourceDumped, restored: m.LinkRestored,
+        self, live: Workers, frozen: base.SourceFrozen, dumped: base.SourceDumped, restored: link.LinkRestored,
         parts: dict[str, float],
     ) -> m.CutOverReport:  # fmt: skip
         sent_at = time.monotonic_ns()
         error: m.Failure | None = None
-        running: m.LinkRunning | None = None
+        running: link.LinkRunning | None = None
         try:
-            live.send_link(m.LinkCommit(migration=self.id, epoch=self.epoch))
+            live.send_link(link.LinkCommit(migration=self.id, epoch=self.epoch))
             async with asyncio.timeout(_RUNNING_TIMEOUT_S):
-                running = await live.link.get(m.LinkRunning)
+                running = await live.link.get(link.LinkRunning)
         except (MigrateError, TimeoutError) as lost:
             doubt = InDoubtError(
                 f"committed, but the target has not said that {self.container} runs there: {lost or 'no answer'}",
@@ -252,9 +271,9 @@ class SourceMigration:
             error = failure_of(doubt, self._host.name)
         ended = time.monotonic_ns()
         parts["commit"] = (ended - sent_at) / 1e6
-        if running is not None:
+        if running is not None and self._ending is None:  # else somebody has told this side before, see `settle`
             self._host.journal.move(self.id, _SIDE, Event.RUNNING)
-            self._ending = asyncio.create_task(self._clean_up())
+            self._ending = background.start(self._clean_up(), f"{self.id}: clean-up of the source")
         counted = await self._counters_or_none(live)
         return m.CutOverReport(
             outcome="in-doubt" if running is None else "running", downtime_ms=(ended - frozen.monotonic_ns) / 1e6,
@@ -272,17 +291,21 @@ class SourceMigration:
 
     async def _clean_up(self) -> None:
         """After RUNNING: kill the frozen copy, forget it, keep forwarding packets for a while."""
-        live = self._live
+        live = self._workers
         running_since = time.monotonic()
         entry = self._host.journal.find(self.id, _SIDE)
         facts: dict[str, Any] = entry.facts if entry else {}
-        await asyncio.to_thread(reclaim.kill_source_copy, facts)
-        with contextlib.suppress(MigrateError):  # the engine may be dead: then nobody holds the dead tasks
-            await live.engine.ask(base.SourceRelease(), base.EngineDone)
-        await asyncio.to_thread(reclaim.delete_source_container, facts)
-        await asyncio.sleep(max(0.0, running_since + _FORWARD_AFTER_RUNNING_S - time.monotonic()))
-        self._workers = None
-        await live.close()
+        try:
+            await asyncio.to_thread(reclaim.kill_source_copy, facts)
+            if live is not None:
+                with contextlib.suppress(MigrateError):  # the engine may be dead: then nobody holds the dead tasks
+                    await live.engine.ask(base.SourceRelease(), base.EngineDone)
+            await asyncio.to_thread(reclaim.delete_source_container, facts)
+            await asyncio.sleep(max(0.0, running_since + _FORWARD_AFTER_RUNNING_S - time.monotonic()))
+        finally:
+            self._workers = None
+            if live is not None:
+                await live.close()
         await asyncio.to_thread(reclaim.forget_source_network, facts)
         self._host.journal.move(self.id, _SIDE, Event.CLEANED)
 
@@ -290,46 +313,68 @@ class SourceMigration:
 
     def _lost(self, error: MigrateError) -> None:
         """A process or the link failed outside of a request: before the cut-over that ends the migration."""
+        if self._is_beginning:
+            self._why = self._why or error  # `begin` meets it at its next step, and undoes what it did
+            return
         if self._in_cut_over or self._ending is not None or not may_abort(_SIDE, self.state):
             return
         _log.warning("%s: %s; the container runs on here", self.id, error)
         self._why = error
-        self._ending = asyncio.create_task(self._roll_back(str(error)))
+        self._start_roll_back(str(error))
 
     async def abort(self, reason: str) -> None:
         """End it before its commit point. Raises: MigrateError: it is past that."""
+        if self._is_beginning:
+            # What is being made cannot be undone before it is there; `begin` undoes it.
+            self._why = self._why or AbortedError(reason)
+            await self._begun.wait()
         if self._in_cut_over:
             self._why = self._why or AbortedError(reason)
-            # Whichever of the two is waited for; the link's error stays, for the wait that may come next.
-            self._live.engine.inbox.fail(self._why, lasting=False)
-            self._live.link.fail(self._why, lasting=True)
+            if self._workers is not None:
+                # Whichever of the two is waited for; the link's error stays, for the wait that may come next.
+                self._workers.engine.inbox.fail(self._why, lasting=False)
+                self._workers.link.fail(self._why, lasting=True)
             await self._cut_over_ended.wait()
+        state = self.state
+        if owner(state) is Side.TARGET:
+            raise MigrateError(
+                f"{self.id} is past its commit point ({state.value}): the target owns {self.container}",
+                code="committed", host=self._host.name, hint=f"migrate status {self.id}",
+            )  # fmt: skip
         if self._ending is None:
-            state = self.state
             if state in {State.ABORTED, State.RECLAIMED}:
                 return
-            if not may_abort(_SIDE, state):
-                raise MigrateError(
-                    f"{self.id} is past its commit point ({state.value}): the target owns {self.container}",
-                    code="committed", host=self._host.name,
-                )  # fmt: skip
             self._why = self._why or AbortedError(reason)
-            self._ending = asyncio.create_task(self._roll_back(reason))
+            self._start_roll_back(reason)
+        assert self._ending is not None
         await asyncio.shield(self._ending)
 
-    async def _roll_back(self, reason: str) -> None:
+    def _start_roll_back(self, reason: str) -> None:
+        """The decision is written here, in the same step that took it: nothing can come between."""
         was_frozen = self.state in {State.CUT_OVER, State.RESTORED}
-        self._host.journal.move(self.id, _SIDE, Event.ABORT, detail=reason)
+        unwritten = ""
+        try:
+            self._host.journal.move(self.id, _SIDE, Event.ABORT, detail=reason[:1000])
+        except MigrateError as error:
+            if error.code != "journal":
+                raise
+            # COMMITTED is not there, so the container is this side's with ABORTED or without; a full disk must not
+            # keep it frozen. The next start of the agent writes it.
+            unwritten = str(error)
+        self._ending = background.start(self._roll_back(reason, unwritten, was_frozen), f"{self.id}: roll-back")
+
+    async def _roll_back(self, reason: str, unwritten: str, was_frozen: bool) -> None:
         live, self._workers = self._workers, None
         if live is not None:
             with contextlib.suppress(MigrateError):
-                live.send_link(m.LinkAbort(migration=self.id, reason=reason[:1000]))
+                live.send_link(link.LinkAbort(migration=self.id, reason=reason[:1000]))
             await self._thaw_by_engine(live)
         failures = await asyncio.to_thread(undo.run_pending, self._host.state_dir, self.id, _SIDE)
         if live is not None:
             if was_frozen:
                 await self._replay_packets(live)
             await live.close()
+        failures += [unwritten] if unwritten else []
         if failures:
             raise InDoubtError(
                 f"{self.container} runs here, but not all could be undone: {'; '.join(failures)}",
@@ -381,8 +426,14 @@ class SourceMigration:
     async def settle(self, peer_state: State, peer_epoch: int) -> State:
         """The target's journal said `peer_state`, after this side was left in COMMITTED."""
         if self.state is State.COMMITTED and self._ending is None:
-            live, self._workers = self._workers, None
-            if live is not None:
-                # The engine must let go before tasks can be killed or thawed; after COMMITTED it only detaches.
-                await live.close()
+            if peer_state in reclaim.TARGET_RUNS and peer_epoch == self.epoch:
+                self._host.journal.move(self.id, _SIDE, Event.RUNNING)
+                self._ending = background.start(self._clean_up(), f"{self.id}: clean-up of the source")
+            elif peer_state is State.DISCARDED or peer_epoch > self.epoch:
+                live, self._workers = self._workers, None
+                if live is not None:
+                    # The engine must let go before tasks can be thawed or killed; its end leaves them frozen.
+                    await live.close()
+        if self._ending is not None:
+            await asyncio.wait({self._ending})
         return await reclaim.settle_source(self._host, self.id, peer_state, peer_epoch)

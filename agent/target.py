@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import logging
 import time
 
-from agent import reclaim, undo
+from agent import background, reclaim, undo
 from agent.engine import base
 from agent.host import Host
 from agent.kernel.freezer import Freezer
@@ -20,8 +21,9 @@ from agent.network.namespaces import is_named_namespace
 from agent.runtimes.base import RuntimeContainer
 from agent.source import failure_of
 from agent.worker import Workers
+from protocol import link_messages as link
 from protocol import messages as m
-from protocol.errors import MigrateError, UnsupportedError
+from protocol.errors import AbortedError, MigrateError, UnsupportedError, UsageError
 from protocol.states import Event, Side, State, may_abort
 
 _log = logging.getLogger(__name__)
@@ -48,6 +50,12 @@ class TargetMigration:
         self._freezer: Freezer
         self._following: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
+        self._is_preparing = True
+        self._prepared = asyncio.Event()
+        # What ended the preparation; whatever fails after that is a consequence.
+        self._why: MigrateError | None = None
+        # What of the commit did not work, though the container runs.
+        self._failed: MigrateError | None = None
 
     @property
     def state(self) -> State:
@@ -59,14 +67,25 @@ class TargetMigration:
 
     @property
     def _live(self) -> Workers:
-        if self._workers is None:
-            raise MigrateError(f"migration {self.id} has ended ({self.state.value})", code="ended")
+        if self._workers is None or self._why is not None:
+            raise self._why or MigrateError(f"migration {self.id} has ended ({self.state.value})", code="ended")
         return self._workers
 
     # ------------------------------------------------------------ prepare
 
     async def prepare(self, peer_address: str) -> m.TargetPrepared:
-        """Network, runtime objects, interception, listener. On failure nothing stays behind."""
+        """Network, runtime objects, interception, listener. On failure nothing stays behind.
+
+        `peer_address`: the only one from which the source may connect; '': any.
+        """
+        _check_address(peer_address, self._host.name)
+        try:
+            return await self._prepare(peer_address)
+        finally:
+            self._is_preparing = False
+            self._prepared.set()
+
+    async def _prepare(self, peer_address: str) -> m.TargetPrepared:
         self._host.journal.begin(
             migration=self.id, side=_SIDE, epoch=self.epoch, container=self.container,
             peer=self._request.source, coordinator=self._coordinator,
@@ -82,10 +101,12 @@ class TargetMigration:
                 base.StreamListening,
             )  # fmt: skip
             await self._make_container()
+            _ = self._live  # nobody has ended it meanwhile
         except BaseException as error:
+            self._is_preparing = False
             await self.abort(f"the target could not be prepared: {error}")
             raise
-        self._following = asyncio.create_task(self._follow())
+        self._following = background.start(self._follow(), f"{self.id}: the target")
         return m.TargetPrepared(port=listening.port, host_key=listening.host_key)
 
     async def _make_container(self) -> None:
@@ -100,7 +121,7 @@ class TargetMigration:
         host_name = f"mg{self.id[-10:]}"
         host_names = build.host_names_for(network, host_name)
         bring_network = self._request.keep_network and network.kind == "namespace"
-        undo_steps = [undo.restore_config(report.bundle, report.config_json.decode("utf-8"))]
+        undo_steps = [undo.restore_config(report.bundle, undo.read_config(report.bundle))]
         if bring_network:
             # A namespace that was there before is somebody else's to remove.
             made_here = network.path if not is_named_namespace(network.path) else ""
@@ -112,6 +133,7 @@ class TargetMigration:
             await self._build_network(network, host_name, pid=None)
         log_path = self._host.state_dir / "logs" / f"{self.container}.log"
         log_path.parent.mkdir(parents=True, exist_ok=True)
+        _ = self._live  # else it would be made for nobody
         undo.write_config(report.bundle, self._config_for_interception())
         made: RuntimeContainer = await asyncio.to_thread(
             lambda: runtime.create(
@@ -163,12 +185,12 @@ class TargetMigration:
             self._host.journal.move(self.id, _SIDE, Event.FREEZE, Event.RESTORED, facts=facts)
             parts = dict(restored.parts)
             parts["target journal restored"] = (time.monotonic_ns() - clock) / 1e6
-            live.send_link(m.LinkRestored(migration=self.id, parts=parts, pids=restored.pids))
-            commit = await live.link.get(m.LinkCommit)
+            live.send_link(link.LinkRestored(migration=self.id, parts=parts, pids=restored.pids))
+            commit = await live.link.get(link.LinkCommit)
             if commit.epoch != self.epoch:
                 raise MigrateError(f"COMMIT of epoch {commit.epoch}, this is {self.epoch}", code="epoch")
             parts = self._run(restored)
-            live.send_link(m.LinkRunning(migration=self.id, parts=parts))
+            live.send_link(link.LinkRunning(migration=self.id, parts=parts))
             # The source's catcher forwards until the network has learned; the container need not wait for this.
             for network in self._networks:
                 network.announce()
@@ -176,7 +198,11 @@ class TargetMigration:
         except MigrateError as error:
             self._lost(error)
             return
-        self._ending = asyncio.create_task(self._clean_up())
+        except Exception as error:  # noqa: BLE001  (the source waits: it has to hear of this as of any failure)
+            _log.exception("%s: the target failed", self.id)
+            self._lost(MigrateError(f"the target failed: {type(error).__name__}: {error}", host=self._host.name))
+            return
+        self._ending = background.start(self._clean_up(), f"{self.id}: clean-up of the target")
 
     def _run(self, restored: base.TargetRestored) -> dict[str, float]:
         """The commit: RUNNING on disk, then the effects, each of which may be repeated."""
@@ -187,12 +213,21 @@ class TargetMigration:
 
         self._host.journal.move(self.id, _SIDE, Event.COMMIT, clear_undo=True)
         mark()
-        for network in self._networks:
-            network.attach()
-        mark()
-        reclaim.activate_sockets(restored.repaired)
-        mark()
-        self._freezer.thaw()
+        try:
+            for network in self._networks:
+                network.attach()
+            mark()
+            reclaim.activate_sockets(restored.repaired)
+            mark()
+        except (MigrateError, OSError) as error:
+            # It is owned here now: with a broken network it still has to run.
+            _log.exception("%s: %s runs, but not all of it works", self.id, self.container)
+            self._failed = MigrateError(
+                f"{self.container} runs here, but not all of it works: {error}", code="commit-incomplete",
+                host=self._host.name, hint=f"mend that, then: migrate recover {self.id}",
+            )  # fmt: skip
+        finally:
+            self._freezer.thaw()
         mark()
         names = ("target journal running", "target network up", "target sockets", "target thaw")
         return {name: (end - start) / 1e6 for name, start, end in zip(names, marks, marks[1:], strict=False)}
@@ -202,53 +237,69 @@ class TargetMigration:
         live, self._workers = self._workers, None
         if live is not None:
             await live.close()
-        for network in self._networks:
-            network.close()
+        await self._close_networks()
+        if self._failed is not None:
+            raise self._failed  # the journal keeps RUNNING: what did not work is tried again by `settle` and at a start
         self._host.journal.move(self.id, _SIDE, Event.CLEANED)
+
+    async def _close_networks(self) -> None:
+        networks, self._networks = self._networks, []
+        for network in networks:
+            await asyncio.to_thread(network.close)  # it waits for the thread that announces
 
     # ------------------------------------------------------------ ending
 
     def _lost(self, error: MigrateError) -> None:
         """A process or the link failed. Before RESTORED that ends it; in RESTORED the source decides."""
+        if self._is_preparing:
+            self._why = self._why or error  # `prepare` meets it at its next step, and undoes what it did
+            return
         if self._ending is not None:
             return
         state = self.state
         if state is State.RESTORED and error.code == "aborted-by-peer":
-            self._ending = asyncio.create_task(self._discard(str(error)))
+            self._start_discard(str(error))
         elif may_abort(_SIDE, state):
             _log.warning("%s: %s; discarding", self.id, error)
             if self._workers is not None:
+                failed = link.LinkFailed(migration=self.id, failure=failure_of(error, self._host.name))
                 with contextlib.suppress(MigrateError):
-                    self._workers.send_link(m.LinkFailed(migration=self.id, failure=failure_of(error, self._host.name)))
-            self._ending = asyncio.create_task(self._discard(str(error)))
+                    self._workers.send_link(failed)
+            self._start_discard(str(error))
 
     async def abort(self, reason: str) -> None:
         """Discard. Raises: MigrateError: only the source may decide now."""
+        if self._is_preparing:
+            # What is being made cannot be removed before it is there; `prepare` removes it.
+            self._why = self._why or AbortedError(reason)
+            await self._prepared.wait()
         if self._ending is None:
             state = self.state
             if state is State.DISCARDED:
                 return
             if not may_abort(_SIDE, state):
                 raise MigrateError(
-                    f"{self.id} is {state.value} here: the source decides now", code="committed", host=self._host.name
-                )
-            self._ending = asyncio.create_task(self._discard(reason))
+                    f"{self.id} is {state.value} here: the source decides now", code="committed",
+                    host=self._host.name, hint=f"migrate recover {self.id}",
+                )  # fmt: skip
+            self._start_discard(reason)
+        assert self._ending is not None
         await asyncio.shield(self._ending)
 
-    async def _discard(self, reason: str) -> None:
+    def _start_discard(self, reason: str) -> None:
+        """The decision is written here, in the same step that took it: nothing can come between."""
         self._host.journal.move(self.id, _SIDE, Event.ABORT, detail=reason[:1000])
+        self._ending = background.start(self._discard(), f"{self.id}: discarding the target")
+
+    async def _discard(self) -> None:
         live, self._workers = self._workers, None
         if live is not None:
             # The tasks die with their tracer (EXITKILL); frozen ones are killed by the runtime's delete.
             await live.close()
-        for network in self._networks:
-            network.close()
+        await self._close_networks()
         failures = await asyncio.to_thread(undo.run_pending, self._host.state_dir, self.id, _SIDE)
         if failures:
-            raise MigrateError(
-                f"{self.id} was discarded, but not all could be removed: {'; '.join(failures)}",
-                code="left-behind", host=self._host.name, hint="restart migrate-agent: it tries again",
-            )  # fmt: skip
+            raise reclaim.left_behind(self._host, self.id, failures)
 
     async def finish(self) -> None:
         """Wait until this side has cleaned up."""
@@ -259,9 +310,23 @@ class TargetMigration:
 
     async def settle(self, peer_state: State | None, *, source_is_dead: bool) -> State:
         """The source's journal said `peer_state`, after this side was left in RESTORED."""
-        if self._following is not None:
-            self._following.cancel()
-        live, self._workers = self._workers, None
-        if live is not None:
-            await live.close()
+        if self._ending is not None:
+            await asyncio.wait({self._ending})
+        decides = source_is_dead or peer_state in reclaim.SOURCE_GAVE | reclaim.SOURCE_KEPT
+        if self.state is State.RESTORED and decides:
+            if self._following is not None:
+                self._following.cancel()
+            live, self._workers = self._workers, None
+            if live is not None:
+                await live.close()
+            await self._close_networks()
         return await reclaim.settle_target(self._host, self.id, peer_state, source_is_dead=source_is_dead)
+
+
+def _check_address(text: str, host: str) -> None:
+    """Raises: UsageError: it is not '' and no IP address."""
+    if text:
+        try:
+            ipaddress.ip_address(text)
+        except ValueError as error:
+            raise UsageError(f"the source's address {text[:100]!r} is not an IP address", host=host) from error

@@ -91,11 +91,30 @@ def write_config(bundle: str, config: str | None) -> None:
         path.unlink(missing_ok=True)
         return
     new = path.with_suffix(".json.new")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(config)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    try:
+        with new.open("w", encoding="utf-8") as file:
+            file.write(config)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise MigrateError(
+            f"cannot write {path}: {error.strerror}",
+            code="bundle",
+            hint=f"is the bundle {bundle} there, with free space?",
+        ) from error  # fmt: skip
+
+
+def read_config(bundle: str) -> str | None:
+    """config.json as it stands; None: there is none. Raises: MigrateError."""
+    path = Path(bundle, "config.json")
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise MigrateError(f"cannot read {path}: {error}", code="bundle") from error
 
 
 def _restore_config(arguments: Mapping[str, Any]) -> None:
@@ -128,11 +147,11 @@ def run_pending(journal_dir: Path, migration: str, side: Side) -> list[str]:
                 continue
             try:
                 kind(item.arguments)
+                # A full disk forgets nothing: it is done once more at the next start, which changes nothing.
+                journal.forget_undo(item.number)
             except (MigrateError, OSError) as error:
                 _log.warning("undo %s %s failed: %s", item.kind, item.arguments, error)
                 failures.append(f"{item.kind}: {error}")
-                continue
-            journal.forget_undo(item.number)
     finally:
         journal.close()
     return failures

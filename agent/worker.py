@@ -15,7 +15,8 @@ from agent.engine import base
 from protocol import codec
 from protocol.errors import MigrateError, RemoteProtocolError, error_from_wire
 from protocol.framing import Frame, FrameKind
-from protocol.messages import Failure, LinkAbort, LinkFailed, LinkMessage, Message
+from protocol.link_messages import LinkAbort, LinkFailed, LinkMessage
+from protocol.messages import Failure, Message
 from protocol.states import Side
 
 R = TypeVar("R", bound=msgspec.Struct)
@@ -40,11 +41,12 @@ class _Inbox:
         self._is_closed = False
 
     def put(self, record: msgspec.Struct) -> None:
+        # One that was cancelled waits no more: the record is for the next, or is kept.
+        self._waiting = [entry for entry in self._waiting if not entry[1].done()]
         for index, (types, future) in enumerate(self._waiting):
             if isinstance(record, types):
                 del self._waiting[index]
-                if not future.done():
-                    future.set_result(record)
+                future.set_result(record)
                 return
         self._kept.append(record)
 
@@ -163,7 +165,7 @@ class Workers:
                 stream = await _spawn(
                     "stream", "agent.transfer.main", side, ("--engine-fd", stream_end), base.FromStream
                 )
-            except MigrateError:
+            except BaseException:
                 await engine.close()
                 raise
         finally:

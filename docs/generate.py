@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from agent.engine.native.registry import RESOURCES  # noqa: E402
-from protocol import codec, connection, errors, framing, messages, pages, states  # noqa: E402
+from protocol import codec, connection, errors, framing, link_messages, messages, pages, states  # noqa: E402
 
 REFERENCE = ROOT / "docs" / "reference"
 FIELD_COMMENT = re.compile(r"^    (\w+): [^#\n]*#\s*(.*)$", re.MULTILINE)
@@ -160,7 +160,7 @@ behind the message end the connection: see [decision 6](../explanation/decisions
     out += "## Replies\n\n" + "".join(record(cls) for cls in replies)
     out += "## Notices\n\n" + record(messages.Progress)
     out += "## Between agents, over the data link (AGENT frames)\n\n"
-    out += "".join(record(cls) for cls in messages.LinkMessage.__args__)
+    out += "".join(record(cls) for cls in link_messages.LinkMessage.__args__)
     out += "## Parts of messages\n\n" + "".join(record(cls) for cls in reachable_records())
     out += f"""## Page batches (PAGES frames)
 

@@ -13,6 +13,8 @@ from protocol.messages import ContainerReport, RoundReport
 WORTHWHILE_SHRINK = 0.30
 # Rounds of a few pages are all fixed cost; look back until so many bytes were sent to know the link.
 BANDWIDTH_SAMPLE_BYTES = 16 << 20
+# The first round's scan registers and walks everything, 100 ms for a GB: no measure for what a short round costs.
+NEGLIGIBLE_REST_MS = 2.0
 
 
 class Decision(enum.Enum):
@@ -65,7 +67,7 @@ def judge(rounds: Sequence[RoundReport], budget: Budget) -> Verdict:
     def verdict(decision: Decision, reason: str) -> Verdict:
         return Verdict(decision=decision, expected_downtime_ms=expected_ms, bandwidth=speed, reason=reason)
 
-    if allowed and rest_ms <= last.scan_ms:
+    if allowed and rest_ms <= min(last.scan_ms, NEGLIGIBLE_REST_MS):
         return verdict(Decision.CUT_OVER, "the rest costs less than one scan")
     if allowed and shrank < WORTHWHILE_SHRINK:
         return verdict(Decision.CUT_OVER, f"the last round shrank the rest by {shrank:.0%} only")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -205,6 +206,28 @@ def _network(target: HostReport, container: ContainerReport, request: MigrationR
             f"has no bridge for {', '.join(bridged)} of {container.name}",
             "make one on the container's network and set network.bridge in agent.toml",
         )
+    taken = sorted(_moving_addresses(container) & set(target.addresses)) if request.network == "keep" else []
+    if taken:
+        yield _at(
+            target,
+            "address-taken",
+            f"{', '.join(taken)} of {container.name} is there already, on the host or in one of its network namespaces",
+            "remove what has it: `ip netns list` and `ip address` on that host show where",
+        )
+
+
+def _moving_addresses(container: ContainerReport) -> set[str]:
+    """What comes to the target with the container, as HostReport.addresses writes it."""
+    found = set()
+    for interface in container.network.interfaces:
+        for own in interface.addresses if interface.bridge else ():
+            try:
+                address = ipaddress.ip_address(own.address)
+            except ValueError:
+                continue  # it is refused or carried by the agents; here it clashes with nothing
+            if not address.is_link_local:
+                found.add(str(address))
+    return found
 
 
 def _warnings(

@@ -102,15 +102,29 @@ async def recover(fleet: Fleet, migration: str, *, source_is_dead: bool) -> Sett
 
 
 async def _force(fleet: Fleet, migration: str, source: Known | None, target: Known | None) -> Settled:
-    if source is not None:
+    if source is not None and not _has_lost_its_copy(source):
         raise UsageError(
             f"the source {source.host} answers: it is not dead",
             code="source-lives",
             hint=f"migrate recover {migration}",
         )
-    assert target is not None
-    await _settle(fleet.link(target.host), migration, target.status.epoch + 1, "unknown", source_is_dead=True)
+    if target is None:
+        raise InDoubtError(
+            f"no target of migration {migration} answers: nothing can run there", code="target-silent",
+            hint=f"bring it back, then: migrate recover {migration} --source-is-dead",
+        )  # fmt: skip
+    epoch = target.status.epoch + 1
+    await _settle(fleet.link(target.host), migration, epoch, "unknown", source_is_dead=True)
+    if source is not None:
+        # What its runtime and journal still have of the container must go, else both hosts list it.
+        fresh = _side((await find(fleet, migration))[0], Side.TARGET)
+        await _settle(fleet.link(source.host), migration, epoch, (fresh or target).state.value)
     return _outcome(migration, (await find(fleet, migration))[0], [])
+
+
+def _has_lost_its_copy(source: Known) -> bool:
+    """Its host was down in the cut-over: it has not committed, and has nothing left that could run."""
+    return source.state in _SOURCE_DECIDES and not source.status.copy_alive
 
 
 async def _settle(
@@ -122,6 +136,15 @@ async def _settle(
 
 def _refuse_if_under_way(migration: str, source: Known | None, target: Known | None) -> None:
     if source is None:
+        return
+    if _has_lost_its_copy(source):
+        if target is not None and target.state is State.RESTORED:
+            raise InDoubtError(
+                f"{source.host} was down in the cut-over and has lost its copy of {source.status.container}; the one "
+                f"that stands frozen on {target.host} is the last",
+                code="source-copy-gone", host=target.host,
+                hint=f"let it run there: migrate recover {migration} --source-is-dead",
+            )  # fmt: skip
         return
     if source.state in _GOING_ON or source.state in _SOURCE_DECIDES:
         where = f", {target.host} {target.state.value}" if target is not None else ""

@@ -22,7 +22,7 @@ class FrameKind(enum.IntEnum):
     """Who a frame is for."""
 
     CONTROL = 1  # coordinator and agent: messages.Request, Reply, Event
-    AGENT = 2  # agent to agent over the data link: messages.LinkMessage
+    AGENT = 2  # agent to agent over the data link: link_messages.LinkMessage
     SECTION = 3  # engine to engine: one section, not looked into on the way
     PAGES = 4  # stream to stream: pages.py
     ROUND_END = 5  # stream to stream: everything before it is to be applied, then answered by ROUND_ACK

@@ -1,4 +1,4 @@
-"""Control messages between coordinator and agent, and those that two agents exchange over the data link.
+"""Control messages between coordinator and agent; those between two agents are in protocol.link_messages.
 
 All are frozen, typed and strict: an unknown field or a wrong type ends the connection. A request has exactly one
 answer, `Reply` or `Failure`, with its number; an agent may send `Progress` at any time. Times are seconds, sizes
@@ -7,7 +7,6 @@ bytes, unless the name says otherwise.
 
 from __future__ import annotations
 
-import enum
 from typing import Annotated
 
 import msgspec
@@ -128,6 +127,7 @@ class HostReport(Record, frozen=True, kw_only=True):
     bridge: Text = ""  # '' : none configured, or it does not exist
     wall_clock: float = 0.0
     state_dir_free: Count = 0
+    addresses: list[str] = []  # of the host and of its named network namespaces (/run/netns), without a prefix
 
 
 class ContainerSummary(Record, frozen=True, kw_only=True):
@@ -178,6 +178,7 @@ class MigrationStatus(Record, frozen=True, kw_only=True):
     coordinator: Text = ""
     detail: Text = ""
     result: dict[str, float] = {}
+    copy_alive: bool = True  # False: the host was down, the tasks of this side's copy are gone
 
 
 class ClockReading(Record, frozen=True, kw_only=True):
@@ -295,6 +296,7 @@ class PrepareTarget(Message, frozen=True, kw_only=True):
     client_public_key: Text
     monotonic_offset_ns: int  # container's CLOCK_MONOTONIC = target's + this
     keep_network: bool = True
+    source_address: Text = ""  # numeric: the only one that the data listener accepts; '' : any, the client key protects
     streams: Annotated[int, msgspec.Meta(ge=1, le=16)] = 1
 
 
@@ -456,63 +458,3 @@ ANSWERS: dict[type[Message], type[Message]] = {
     GetStatus: StatusReply,
     Settle: Done,
 }
-
-
-# ---------------------------------------------------------------- agent to agent, over the data link
-
-
-class LinkHello(Message, frozen=True, kw_only=True):
-    """First frame of the source's stream: which migration, so that a wrong one is refused."""
-
-    migration: MigrationId
-    epoch: Count
-    stream: Count = 0
-
-
-class LinkRestored(Message, frozen=True, kw_only=True):
-    """Target: the container is whole here and frozen, and the journal says so."""
-
-    migration: MigrationId
-    parts: dict[str, float] = {}
-    pids: list[int] = []
-
-
-class LinkCommit(Message, frozen=True, kw_only=True):
-    """Source: COMMITTED is on disk; run."""
-
-    migration: MigrationId
-    epoch: Count
-
-
-class LinkRunning(Message, frozen=True, kw_only=True):
-    """Target: RUNNING is on disk, the container runs."""
-
-    migration: MigrationId
-    parts: dict[str, float] = {}
-
-
-class LinkFailed(Message, frozen=True, kw_only=True):
-    """Either side: this cannot go on. Before COMMITTED the source rolls back."""
-
-    migration: MigrationId
-    failure: Failure
-
-
-class LinkAbort(Message, frozen=True, kw_only=True):
-    """Source: ABORTED is on disk; discard."""
-
-    migration: MigrationId
-    reason: Text = ""
-
-
-LinkMessage = LinkHello | LinkRestored | LinkCommit | LinkRunning | LinkFailed | LinkAbort
-
-
-class EngineKind(enum.Enum):
-    NATIVE = "native"
-    CRIU = "criu"
-
-
-STORAGE_MODES = ("auto", "shared", "sync", "none")
-NETWORK_MODES = ("keep", "none")
-TCP_MODES = ("keep", "close", "fail")

@@ -193,7 +193,23 @@ class CapturePackets(Message, frozen=True, kw_only=True):
     """
 
 
-EngineToStream = OpenTask | ReadRuns | Flush | CapturePackets | SectionApplied | ReleasePackets
+class Urgent(Message, frozen=True, kw_only=True):
+    """Engine to stream, both sides: a freeze is about to begin, or is over. No answer.
+
+    Meanwhile the stream goes before other processes of its host. The source's keeps caught packets back until
+    ForwardPackets: the target has no use for them before it has the last section.
+    """
+
+    on: bool
+
+
+class ForwardPackets(Message, frozen=True, kw_only=True):
+    """Source engine to stream, behind the last section: send what was caught, from now on as it comes. No answer."""
+
+
+EngineToStream = (
+    OpenTask | ReadRuns | Flush | CapturePackets | SectionApplied | ReleasePackets | Urgent | ForwardPackets
+)  # fmt: skip
 StreamToEngine = Flushed | StreamFailed
 
 

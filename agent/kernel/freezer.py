@@ -157,12 +157,67 @@ class Freezer:
             raise os_failure(f"read({path})", error) from error
 
 
+class OpenFreezer:
+    """A freezer whose files are open already: in a freeze of milliseconds to open them is a tenth of it. Close it.
+
+    Raises (all methods): KernelError.
+    """
+
+    def __init__(self, freezer: Freezer) -> None:
+        self._freezer = freezer
+        self._control = _open(freezer.path / _CONTROL[freezer.version], os.O_RDWR)
+        try:
+            state = _STATE[freezer.version]
+            self._state = _open(freezer.path / state, os.O_RDONLY)
+        except KernelError:
+            os.close(self._control)
+            raise
+
+    def freeze(self) -> None:
+        """As `Freezer.freeze`."""
+        self._write(b"FROZEN" if self._freezer.version is Version.V1 else b"1")
+
+    def thaw(self) -> None:
+        """As `Freezer.thaw`."""
+        self._write(b"THAWED" if self._freezer.version is Version.V1 else b"0")
+
+    def wait_frozen(self, timeout_s: float) -> None:
+        """As `Freezer.wait_frozen`."""
+        wanted = b"FROZEN" if self._freezer.version is Version.V1 else b"frozen 1"
+        try:
+            if os.pread(self._state, 256, 0).find(wanted) < 0:
+                self._freezer.wait_frozen(timeout_s)
+        except OSError as error:
+            raise os_failure(f"read({self._freezer.path})", error) from error
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._control >= 0:
+            os.close(self._control)
+            os.close(self._state)
+            self._control = self._state = -1
+
+    def _write(self, text: bytes) -> None:
+        try:
+            os.pwrite(self._control, text, 0)
+        except OSError as error:
+            raise os_failure(f"write({self._freezer.path}, {text!r})", error) from error
+
+
+def _open(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_CLOEXEC)
+    except OSError as error:
+        raise os_failure(f"open({path})", error) from error
+
+
 def versions() -> list[Version]:
     """The freezers that this host has mounted, best first."""
     return sorted({mount.version for mount in _mounts()})
 
 
 _CONTROL = {Version.V1: "freezer.state", Version.V2: "cgroup.freeze"}
+_STATE = {Version.V1: "freezer.state", Version.V2: "cgroup.events"}
 
 
 def _groups(pid: int) -> dict[Version, str]:

@@ -88,6 +88,13 @@ class Link(asyncssh.SSHClientSession[bytes], asyncssh.SSHServerSession[bytes]):
             return 0
         return len(header) + payload_bytes
 
+    def send_many(self, kind: FrameKind, payloads: Sequence[bytes]) -> None:
+        """Small frames in one packet, which costs little more than one of them."""
+        if self._channel is None or self._is_closing or self._ended.is_set() or not payloads:
+            return
+        with contextlib.suppress(OSError):  # the end of the connection is reported by connection_lost
+            self._channel.write(b"".join(part for data in payloads for part in (frame_header(kind, len(data)), data)))
+
     async def drain(self) -> None:
         """Wait until there is room, and let the event loop do its other work."""
         await asyncio.sleep(0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from ipaddress import ip_address
 
 from agent.network import capture
@@ -48,10 +48,11 @@ class PacketHold:
 
 
 class PacketSource:
-    """Source: reads the catcher's sockets. Each packet goes to `send` at once, and a copy is kept for a roll-back."""
+    """Source: reads the catcher's sockets. Packets go to `send` as they come, and copies are kept for a roll-back."""
 
-    def __init__(self, send: Callable[[bytes], None]) -> None:
+    def __init__(self, send: Callable[[Sequence[bytes]], None]) -> None:
         self._send = send
+        self._forwarding: asyncio.TimerHandle | None = None  # set while packets are left in the sockets
         self._sockets: list[socket.socket] = []
         self._kept = PacketHold()
         self._back: socket.socket | None = None
@@ -63,13 +64,38 @@ class PacketSource:
         sock = socket.socket(fileno=fd)
         sock.setblocking(False)
         self._sockets.append(sock)
-        asyncio.get_running_loop().add_reader(sock.fileno(), self._readable, sock)
+        if self._forwarding is None:
+            asyncio.get_running_loop().add_reader(sock.fileno(), self._readable, sock)
+
+    def hold(self, at_most_s: float) -> None:
+        """Leave packets in the sockets until `forward`, or for that time: each would take a turn of the processor."""
+        if self._forwarding is None:
+            loop = asyncio.get_running_loop()
+            self._forwarding = loop.call_later(at_most_s, self.forward)
+            for sock in self._sockets:
+                loop.remove_reader(sock.fileno())
+
+    def forward(self) -> None:
+        """Undo `hold`; idempotent."""
+        if self._listen_again():
+            for sock in self._sockets:
+                self._readable(sock)
+
+    def _listen_again(self) -> bool:
+        if self._forwarding is None:
+            return False
+        self._forwarding.cancel()
+        self._forwarding = None
+        for sock in self._sockets:
+            asyncio.get_running_loop().add_reader(sock.fileno(), self._readable, sock)
+        return True
 
     def replay_into(self, fd: int) -> int:
         """Put every kept packet back through a socket that is ours from now, and whatever comes later."""
         if self._back is not None:
             self._back.close()
         self._back = socket.socket(fileno=fd)
+        self._listen_again()
         for sock in self._sockets:
             for packet in self._drain(sock):
                 self._kept.put(packet)
@@ -83,6 +109,9 @@ class PacketSource:
         return self._kernel_dropped + self._kept.dropped
 
     def close(self) -> None:
+        if self._forwarding is not None:
+            self._forwarding.cancel()
+            self._forwarding = None
         for sock in self._sockets:
             asyncio.get_running_loop().remove_reader(sock.fileno())
             sock.close()
@@ -97,12 +126,14 @@ class PacketSource:
                 yield packet
 
     def _readable(self, sock: socket.socket) -> None:
-        for packet in self._drain(sock):
-            if self._back is None:
-                self._kept.put(packet)
-                self._send(packet)
-            else:
+        packets = list(self._drain(sock))
+        if self._back is not None:
+            for packet in packets:
                 capture.inject(self._back, packet)
+            return
+        for packet in packets:
+            self._kept.put(packet)
+        self._send(packets)
 
 
 class PacketSink:

@@ -101,6 +101,8 @@ class TargetStream(Stream):
                     raise LocalProtocolError("the engine applied a section that it was not given")
                 self._is_section_open = False
                 self._drain_queue()
+            case base.Urgent():
+                self._be_urgent(on=record.on)
             case base.ReleasePackets():
                 self._packets.release(record.receive_next)
             case _:
@@ -179,4 +181,5 @@ class TargetStream(Stream):
             writer.write_zeros(batch.runs)
             return
         self._page_bytes += batch.raw_bytes
+        self._urgency.relax()
         writer.write(batch.runs, self._decompressor.unpack(batch))

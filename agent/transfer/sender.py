@@ -7,6 +7,7 @@ import contextlib
 import socket
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -21,13 +22,15 @@ from agent.transfer.stream import Stream
 from protocol import codec
 from protocol.errors import LocalProtocolError, MigrateError, RemoteProtocolError
 from protocol.framing import Frame, FrameKind
-from protocol.messages import LinkHello
+from protocol.link_messages import LinkHello
 from protocol.pages import PageBatch, PageCodec, encode_batch
 
 BATCH_BYTES = 1 << 20
 # Frames of the engine that wait here; beyond it is left in the socket, where the engine feels it.
 _MAX_QUEUED_BYTES = 4 << 20
 _NUMBER_BYTES = 4
+# A freeze of milliseconds needs no packets at the target; a longer one must not let them pile up.
+_HOLD_PACKETS_S = 0.1
 
 
 class _Totals(msgspec.Struct):
@@ -55,7 +58,7 @@ class SourceStream(Stream):
         self._buffer = memoryview(bytearray(BATCH_BYTES))
         self._compressor = Compressor("none")
         self._bucket = TokenBucket(0, time.monotonic())
-        self._packets = PacketSource(self._send_packet)
+        self._packets = PacketSource(self._send_packets)
         self._totals = _Totals()
         self._page_bytes = self._zero_bytes = self._wire_bytes = 0
         self._flushing: deque[tuple[int, _Totals]] = deque()
@@ -128,9 +131,9 @@ class SourceStream(Stream):
             )
         )  # fmt: skip
 
-    def _send_packet(self, packet: bytes) -> None:
+    def _send_packets(self, packets: Sequence[bytes]) -> None:
         if self._link is not None and self.failure is None:
-            self._link.send(FrameKind.PACKET, packet)
+            self._link.send_many(FrameKind.PACKET, packets)
 
     # ------------------------------------------------------------ engine
 
@@ -143,6 +146,13 @@ class SourceStream(Stream):
                 # Not in the queue: the container is cut off, each moment counts.
                 (fd,) = self._engine.take_fds(1)
                 self._packets.add(fd)
+                return
+            case base.Urgent():
+                self._be_urgent(on=record.on)
+                if record.on:
+                    self._packets.hold(_HOLD_PACKETS_S)
+                else:
+                    self._packets.forward()
                 return
             case base.ReadRuns(final=True):
                 self._unthrottled.set()
@@ -182,6 +192,8 @@ class SourceStream(Stream):
         match record:
             case base.OpenTask():
                 self._open(record)
+            case base.ForwardPackets():
+                self._packets.forward()
             case base.Flush():
                 totals, self._totals = self._totals, _Totals()
                 totals.start_s = totals.start_s or time.monotonic()
@@ -204,6 +216,7 @@ class SourceStream(Stream):
         self._note_start()
         for wanted in cut_runs(request.starts, request.sizes, BATCH_BYTES):
             sent_bytes = self._send_batch(reader, request, wanted)
+            self._urgency.relax()
             start_s = time.monotonic()
             await self._live_link().drain()
             if not self._unthrottled.is_set():

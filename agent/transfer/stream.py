@@ -14,11 +14,13 @@ import structlog
 
 from agent.engine import base
 from agent.ipc import AsyncPort, PortClosedError
+from agent.kernel.urgent import Urgency
 from agent.transfer.link import Link
 from protocol import codec
 from protocol.errors import LocalProtocolError, MigrateError, PeerError, family_of
 from protocol.framing import Frame, FrameKind
-from protocol.messages import Failure, LinkMessage
+from protocol.link_messages import LinkMessage
+from protocol.messages import Failure
 
 _log = structlog.get_logger()
 
@@ -38,6 +40,8 @@ class Stream(ABC):
         self._tasks: set[asyncio.Task[None]] = set()
         self._migration = ""
         self._epoch = 0
+        # After the engine: the last pages are needed last.
+        self._urgency = Urgency(priority=9)
         self.failure: MigrateError | None = None
 
     async def run(self) -> None:
@@ -107,6 +111,13 @@ class Stream(ABC):
                 f"{self._live_link().peer} speaks of migration {found[0]!r}, epoch {found[1]}, "
                 f"expected {self._migration!r}, epoch {self._epoch}", code="wrong-migration",
             )  # fmt: skip
+
+    def _be_urgent(self, *, on: bool) -> None:
+        """In a freeze we go before other processes of the host."""
+        if on:
+            self._urgency.begin()
+        else:
+            self._urgency.end()
 
     # ------------------------------------------------------------ plumbing
 

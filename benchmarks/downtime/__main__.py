@@ -51,10 +51,20 @@ def _measure(options: argparse.Namespace) -> Report:
         quiet_s=2.0 if options.quick else 5.0,
     )  # fmt: skip
     cost = tracker.measure()
-    cells = list(measure.measure(plan, _say))
+    report = Report(machine=here, cells=[], tracker=cost)
+    for cell in measure.measure(plan, _say):
+        report.cells.append(cell)
+        _keep(options, report)  # what is measured stays, if a later cell fails
     rows = {} if options.no_profile else profile.take(say=_say)
     after = msgspec.structs.replace(here, load_after=os.getloadavg()[0])
-    return Report(machine=after, cells=cells, tracker=cost, profile=rows)
+    report = msgspec.structs.replace(report, machine=after, profile=rows)
+    _keep(options, report)
+    return report
+
+
+def _keep(options: argparse.Namespace, report: Report) -> None:
+    if options.json:
+        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
 
 
 def main() -> int:
@@ -64,8 +74,6 @@ def main() -> int:
         report = msgspec.json.decode(options.from_json.read_bytes(), type=Report)
     else:
         report = _measure(options)
-    if options.json:
-        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(report)))
     print(text.plain(report))
     if options.write_docs:
         page.write(text.markdown(report))

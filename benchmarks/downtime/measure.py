@@ -117,8 +117,8 @@ def _one_run(scenario: Scenario, load: RedisLoad) -> Run:
 
     try:
         wait_until(is_in_one_place)
-    except LabError as error:
-        raise BenchmarkError(f"{_NAME} runs on {place}, not on exactly one host\n{logs(scenario)}") from error
+    except LabError as late:
+        raise BenchmarkError(f"{_NAME} runs on {place}, not on exactly one host\n{logs(scenario)}") from late
     target = scenario.b if place == [scenario.a.name] else scenario.a
     seen = follow(scenario, "container", _NAME, "--to", target.name)
     if seen.result["status"] != "completed":
@@ -163,14 +163,16 @@ def follow(scenario: Scenario, *arguments: str) -> Followed:
         process.wait(_TIMEOUT_S)
     if not result:
         raise BenchmarkError(f"migrate ended with {process.returncode} and no result: {errors}")
-    return Followed(events=events, result=result, cutover_began_s=began_s, cutover_ended_s=ended_s + _EVENT_LATE_S)
+    return Followed(events=events, result=result, cutover_began_s=began_s, cutover_ended_s=ended_s)
 
 
 def run_of(seen: Followed, client: LoadReport) -> Run:
     """What both sides and the client say of one migration."""
     result, cut = seen.result, seen.events["cut-over-ended"]["report"]
     gap_ms, other_ms = longest_waits(
-        ((gap.at_monotonic_s, gap.ms) for gap in client.gaps), seen.cutover_began_s, seen.cutover_ended_s
+        ((gap.at_monotonic_s, gap.ms) for gap in client.gaps),
+        seen.cutover_began_s,
+        seen.cutover_ended_s + _EVENT_LATE_S,
     )
     rounds = result["rounds"]
     return Run(
@@ -179,4 +181,5 @@ def run_of(seen: Followed, client: LoadReport) -> Run:
         setup_ms=result["setup_ms"], memory_bytes=result["memory_bytes"], wire_bytes=result["wire_bytes"],
         dirty_bytes=cut["dirty_bytes"], first_round_mb_per_s=rounds[0]["bandwidth"] / 1e6 if rounds else 0.0,
         packets_caught=cut["packets_caught"],
+        before_freeze_ms=(seen.cutover_ended_s - seen.cutover_began_s) * 1e3 - result["downtime_ms"],
     )  # fmt: skip

@@ -37,6 +37,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     other_gap_ms: float  # the longest outside of it, from the start of the command to 0.5 s after its end
     late_send_ms: float  # the client's own delay, at worst: how far its figures can be trusted
     rounds: int
+    before_freeze_ms: float  # from when the cut-over was entered: what is dirtied meanwhile is sent in the freeze
     total_ms: float
     setup_ms: float
     memory_bytes: int

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.downtime import budget as budgets
+from benchmarks.downtime import targets
 from benchmarks.downtime.machine import QUIET_LOAD
 from benchmarks.downtime.records import (
     Cell,
@@ -34,7 +35,7 @@ class Table:
 def tables(report: Report) -> list[Table]:
     """All of them, in the order of the page."""
     cells = report.cells
-    found = [_downtime(cells), _client(cells), _traffic(cells)]
+    found = [_targets(cells), _downtime(cells), _client(cells), _traffic(cells)]
     found += [_budget(cell) for cell in _telling(cells)]
     found += _growth(cells)
     if report.tracker is not None:
@@ -59,6 +60,11 @@ def _spread(spread: Spread, digits: int = 1) -> str:
 def _name(cell: Cell) -> str:
     load = f"{cell.dirty_mb_per_s} MB/s dirtied" if cell.dirty_mb_per_s else "idle"
     return f"{cell.size_mb} MB, {load}, {'unshaped' if cell.link == 'none' else cell.link}"
+
+
+def _targets(cells: Sequence[Cell]) -> Table:
+    rows = [[target.wish, target.seen, "yes" if target.is_met else "no"] for target in targets.compare(cells)]
+    return Table("Targets", ["target", "seen", "met"], rows, "By medians; of several sizes the worst counts.")
 
 
 def _downtime(cells: Sequence[Cell]) -> Table:
@@ -98,18 +104,30 @@ def _traffic(cells: Sequence[Cell]) -> Table:
          f"{cell.spread(lambda run: run.wire_bytes).median / 1e6:.0f}",
          f"{cell.spread(lambda run: run.wire_bytes / run.memory_bytes).median:.2f}",
          _spread(cell.spread(lambda run: run.rounds), 0),
-         f"{cell.spread(lambda run: run.dirty_bytes).median / 1e6:.2f}",
+         f"{cell.spread(lambda run: run.before_freeze_ms).median:.0f}",
+         _spread(cell.spread(lambda run: run.dirty_bytes / 1e6), 2),
          _spread(cell.spread(lambda run: run.total_ms / 1e3), 2),
          f"{cell.spread(lambda run: run.setup_ms / 1e3).median:.2f}",
          _spread(cell.spread(lambda run: run.first_round_mb_per_s), 0)]
         for cell in cells
     ]  # fmt: skip
-    head = ["redis", "memory, MB", "wire, MB", "wire/memory", "rounds", "last scan, MB", "total, s", "set-up, s"]
+    head = [
+        "redis",
+        "memory, MB",
+        "wire, MB",
+        "wire/memory",
+        "rounds",
+        "before the freeze, ms",
+        "last scan, MB",
+        "total, s",
+        "set-up, s",
+    ]
     return Table(
         "Bytes and time", [*head, "first round, MB/s"], rows,
-        "The values are random: nothing to compress. 'Last scan': what was still to be sent in the freeze. The first "
-        "round is all of the memory over one stream, SSH and both ends on these processors. Total: the whole command, "
-        "with survey, set-up of the target and cleaning up.",
+        "The values are random: nothing to compress. 'Before the freeze': from the last round to it, the target making "
+        "threads, files being looked up. 'Last scan': what was still to be sent in the freeze. The first round is all "
+        "of the memory over one stream, SSH and both ends on these processors. Total: the whole command, with survey, "
+        "set-up of the target and cleaning up.",
     )  # fmt: skip
 
 
@@ -171,7 +189,7 @@ def machine_line(report: Report) -> str:
     noisy = "" if m.load_before < QUIET_LOAD else ", which was NOT quiet"
     return (
         f"{m.date}, revision {m.revision}; {m.cores} processors ({m.cpu}), Linux {m.kernel}; "
-        f"load average before {m.load_before:.2f}{noisy}."
+        f"load average {m.load_before:.2f} before{noisy}, {m.load_after:.2f} after (the benchmark itself included)."
     )
 
 

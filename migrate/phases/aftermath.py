@@ -14,7 +14,7 @@ from protocol.states import Side, State
 
 REACH_S = 20.0  # A restarted agent settles its journal within seconds.
 
-_SOURCE_HAS_IT = frozenset({State.ABORTED, State.RECLAIMED})
+SOURCE_HAS_IT = frozenset({State.ABORTED, State.RECLAIMED})
 _TARGET_RUNS_IT = frozenset({State.RUNNING, State.FINISHED, State.FORCED})
 
 
@@ -24,20 +24,22 @@ async def find_out(session: Session, lost: Exception) -> m.CutOverReport:
     with trio.move_on_after(REACH_S):
         while True:
             try:
-                source = await _state_of(session, Side.SOURCE, within_s=REACH_S)
+                source = await state_of(session, Side.SOURCE, within_s=REACH_S)
             except MigrateError:
                 break  # the target may know
-            if source in _SOURCE_HAS_IT:
+            if source in SOURCE_HAS_IT:
                 error = RolledBackError(f"the link to the source was lost in the cut-over ({lost}), which undid it")
                 return m.CutOverReport(outcome="rolled-back", error=failure_of(error))
             if source in _TARGET_RUNS_IT:
                 return _running(session)
+            if source is State.COMMITTED:
+                break  # the target may run it; `settle` tells each of the other
             await trio.sleep(RETRY_S)  # the source decides alone, within its freeze budget
     try:
-        target = await _state_of(session, Side.TARGET, within_s=REACH_S)
+        target = await state_of(session, Side.TARGET, within_s=REACH_S)
     except MigrateError:
         target = None
-    if target in _TARGET_RUNS_IT:
+    if target in _TARGET_RUNS_IT and source is not State.COMMITTED:
         return _running(session)
     if target is State.DISCARDED and source is not State.COMMITTED:
         error = RolledBackError(f"the link to the source was lost in the cut-over ({lost}); the target has discarded")
@@ -57,16 +59,16 @@ async def settle(session: Session, doubt: m.CutOverReport) -> m.CutOverReport:
     with trio.move_on_after(REACH_S):
         while True:
             try:
-                source = await _state_of(session, Side.SOURCE, within_s=REACH_S)
-                target = await _state_of(session, Side.TARGET, within_s=REACH_S)
+                source = await state_of(session, Side.SOURCE, within_s=REACH_S)
+                target = await state_of(session, Side.TARGET, within_s=REACH_S)
                 if source is State.COMMITTED and target is State.RESTORED:
-                    target = await _told(session, Side.TARGET, source)
+                    target = await tell_side(session, Side.TARGET, source)
                 if source is State.COMMITTED and target in {*_TARGET_RUNS_IT, State.DISCARDED}:
-                    source = await _told(session, Side.SOURCE, target)
+                    source = await tell_side(session, Side.SOURCE, target)
             except MigrateError as error:
                 session.tell(Warned(text=f"not settled yet: {error}"))
             else:
-                if source in _SOURCE_HAS_IT:
+                if source in SOURCE_HAS_IT:
                     back = RolledBackError("the target was lost after the commit and had discarded its copy")
                     return m.CutOverReport(outcome="rolled-back", error=failure_of(back))
                 if source in _TARGET_RUNS_IT:
@@ -75,15 +77,16 @@ async def settle(session: Session, doubt: m.CutOverReport) -> m.CutOverReport:
     return doubt
 
 
-async def _told(session: Session, side: Side, peer: State) -> State:
+async def tell_side(session: Session, side: Side, peer: State) -> State:
     """Tell one side what the other's journal says. Gives its state afterwards."""
     link = session.source if side is Side.SOURCE else session.target
     ask = m.Settle(migration=session.migration, epoch=session.epoch, peer_state=peer.value)
     await ask_even_if_lost(session, link, ask, m.Done, within_s=REACH_S)
-    return await _state_of(session, side, within_s=REACH_S)
+    return await state_of(session, side, within_s=REACH_S)
 
 
-async def _state_of(session: Session, side: Side, *, within_s: float) -> State:
+async def state_of(session: Session, side: Side, *, within_s: float) -> State:
+    """What the journal of that side says. Raises: PeerError: not reached, or it knows nothing of this migration."""
     link = session.source if side is Side.SOURCE else session.target
     ask = m.GetStatus(migration=session.migration)
     reply = await ask_even_if_lost(session, link, ask, m.StatusReply, within_s=within_s)

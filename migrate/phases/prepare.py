@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 
 from migrate.events import Warned
@@ -44,6 +45,7 @@ async def enter(session: Session, survey: Survey) -> Prepared:
             client_public_key=begun.client_public_key,
             monotonic_offset_ns=survey.offset.never_backwards_ns,
             keep_network=request.network == "keep",
+            source_address=_numeric(session.source.host.address),
         ),
         m.TargetPrepared,
     )
@@ -62,6 +64,15 @@ async def enter(session: Session, survey: Survey) -> Prepared:
         m.SourceConnected,
     )
     return Prepared(container=begun.report, armed_ms=connected.armed_ms)
+
+
+def _numeric(address: str) -> str:
+    """`address` if it is an IP address by which another host can know its owner, else ''."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return ""  # a name may stand for several, and another one for the target
+    return "" if parsed.is_loopback or parsed.is_unspecified or parsed.is_link_local else str(parsed)
 
 
 async def undo(session: Session, reason: str) -> None:

@@ -8,9 +8,11 @@ import trio
 
 from migrate.events import Unwinding, Warned
 from migrate.link import AgentLink
+from migrate.phases import aftermath
 from migrate.phases.session import Session, ask_even_if_lost
 from protocol import messages as m
 from protocol.errors import InDoubtError, MigrateError, UsageError
+from protocol.states import Side
 
 REACH_S = 10.0  # An agent that went away undoes by itself; this is only to hear that it did.
 ABORT_S = 30.0  # Thaw, network back, runtime objects removed: seconds; the agent goes on by itself past this.
@@ -58,4 +60,26 @@ async def _abort(session: Session, link: AgentLink, reason: str) -> None:
             raise InDoubtError(
                 error.message, code=error.code, host=error.host, hint=f"run: migrate recover {session.migration}"
             ) from error
+        if link is session.target and error.code == "committed":
+            await _bear_witness(session)
+            return
         session.tell(Warned(text=f"{link.name} could not be told to undo, it does so by itself: {error}"))
+
+
+async def _bear_witness(session: Session) -> None:
+    """The target stands frozen in RESTORED and waits for the source's word, whose link to it may be gone."""
+    why = ""
+    try:
+        source = await aftermath.state_of(session, Side.SOURCE, within_s=REACH_S)
+        if source in aftermath.SOURCE_HAS_IT:
+            await aftermath.tell_side(session, Side.TARGET, source)
+            return
+        why = f"{session.source.name} is {source.value}"
+    except MigrateError as error:
+        why = str(error)
+    session.tell(
+        Warned(
+            text=f"a frozen copy is left on {session.target.name} ({why}); remove it: "
+            f"migrate recover {session.migration}"
+        )
+    )

@@ -205,3 +205,16 @@ def test_a_stopped_container_has_no_memory_and_is_not_reported():
     with pytest.raises(UnsupportedError, match="a is stopped, not running") as caught:
         containers.report(found, storage="none", tcp="keep", network="keep", bridge="")
     assert caught.value.code == "not-running"
+
+
+def test_a_container_that_ends_while_it_is_looked_at_is_not_running(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+    gone = RuntimeContainer(name="web1", pid=1 << 22, status="running", bundle=str(bundle.path))
+
+    def check(pid: int, **_: object) -> None:
+        raise FileNotFoundError(f"/proc/{pid}/maps")
+
+    monkeypatch.setattr(containers, "check_container", check)
+    found = containers.Found(FakeRuntime("runc"), gone)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match="web1 ended while it was looked at") as caught:
+        containers.report(found, storage="none", tcp="keep", network="keep", bridge="")
+    assert caught.value.code == "not-running"

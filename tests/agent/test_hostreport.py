@@ -16,6 +16,8 @@ from agent.settings import NetworkSettings, RuntimeSettings, Settings
 from protocol import codec
 from protocol.errors import KernelError, UnsupportedError
 from protocol.messages import HostReport
+from tests.agent.inside import call
+from tests.lab import Lab
 
 pytestmark = pytest.mark.root
 
@@ -111,3 +113,12 @@ def test_probing_time_namespaces_moves_no_clock_of_ours(host: Host):
     assert collected[0].features["time_namespace"]
     assert Path("/proc/self/ns/time_for_children").readlink() == before
     assert Path("/proc/thread-self/ns/time_for_children").readlink() == before
+
+
+def test_addresses_are_those_of_the_host_and_of_its_named_namespaces(lab: Lab):
+    at = lab.add_host("hostA")
+    at.attach_network("web1", "10.77.0.50/24")
+    at.run(["ip", "-n", "web1", "address", "add", "2001:db8::5/64", "dev", "eth0", "nodad"])
+    # One that is no process, one that is, without a name for its namespace.
+    program = "from agent.hostreport import _addresses\nresult = _addresses([4194303, 1])"
+    assert call(at, program) == [at.address, "10.77.0.50", "2001:db8::5"]

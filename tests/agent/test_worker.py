@@ -16,7 +16,8 @@ from agent.worker import Worker, Workers
 from protocol import codec
 from protocol.errors import AbortedError, MigrateError, PeerError
 from protocol.framing import FrameKind
-from protocol.messages import Failure, LinkAbort, LinkCommit, LinkFailed, LinkRestored, LinkRunning
+from protocol.link_messages import LinkAbort, LinkCommit, LinkFailed, LinkRestored, LinkRunning
+from protocol.messages import Failure
 from protocol.states import Side
 from tests.lab.host import PROJECT
 
@@ -273,3 +274,15 @@ def test_a_process_that_cannot_be_started_leaves_none_behind(monkeypatch: pytest
     run(main())
     assert [child.process.returncode for child in started] == ([0] if fails_at == "stream" else [])
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_comes_after_somebody_gave_up_waiting_is_kept_for_the_next():
+    async def main() -> None:
+        inbox = worker._Inbox()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await inbox.get(base.StreamUp)
+        inbox.put(base.StreamUp(peer="late"))
+        assert (await inbox.get(base.StreamUp)).peer == "late"
+
+    run(main())

@@ -169,7 +169,15 @@ class Moving:
         self.target = scenario.b if source is scenario.a else scenario.a
         self.container = container
         before = {row.migration for row in journal(source)}
-        command = [BIN / "migrate", "--json", "container", container, "--to", self.target.name, *options]
+        command: list[str | Path] = [
+            BIN / "migrate",
+            "--json",
+            "container",
+            container,
+            "--to",
+            self.target.name,
+            *options,
+        ]
         self.process = scenario.client.popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self._before = before
 

@@ -224,3 +224,95 @@ def test_a_pulled_link_in_the_freeze_costs_no_more_than_its_budget(redis: Redis)
         status, result = moving.end()
         assert (status, result["status"]) == (7, "rolled-back"), result
         assert moving.wait_over(moving.target).state == "discarded"
+
+
+@contextlib.contextmanager
+def _committed_unheard(redis: Redis) -> Iterator[Moving]:
+    """In the block the source has committed, and the target's agent, which stands, has not heard it.
+
+    After it the container runs in one place, on the same connection.
+    """
+    source, target = redis.home, redis.other
+    redis.spoilt = True
+    with RedisLoad(redis.scenario.client, f"{redis.ip}:6379", prefill_mb=_FILLED_MB) as load:
+        port = load.report().local_port
+        redis.scenario.lab.shape(target, _SLOW_LINK)
+        moving = Moving(redis.scenario, redis.name, source, *_STOP_COPY)
+        moving.wait_freeze(redis.container)
+        os.kill(source.agent_pid, signal.SIGSTOP)
+        try:
+            moving.wait_state(target, "restored")
+            os.kill(target.agent_pid, signal.SIGSTOP)
+        finally:
+            os.kill(source.agent_pid, signal.SIGCONT)
+        moving.wait_state(source, "committed")
+        redis.scenario.lab.shape(target, None)
+        yield moving
+        assert len(redis.scenario.where(redis.name)) == 1
+        _goes_on(load, port)
+    redis.spoilt = False
+
+
+def _has_only_moved(redis: Redis, moving: Moving) -> None:
+    assert (moving.wait_over(moving.source).state, moving.wait_over(moving.target).state) == ("finished", "finished")
+    assert redis.scenario.where(redis.name) == [moving.target.name]
+    left = observe.snapshot(moving.source)
+    assert redis.name not in left.containers
+    assert redis.name not in left.namespaces
+
+
+def test_the_coordinator_tells_a_target_that_was_killed_before_it_heard_of_the_commit(redis: Redis):
+    with _committed_unheard(redis) as moving:
+        moving.target.kill_agent()
+        moving.target.start_agent()
+        status, result = moving.end()
+        assert (status, result["status"]) == (0, "completed"), result
+        _has_only_moved(redis, moving)
+
+
+def test_recover_settles_a_commit_of_which_neither_target_nor_coordinator_heard(redis: Redis):
+    with _committed_unheard(redis) as moving:
+        moving.process.kill()
+        moving.process.communicate()
+        moving.target.kill_agent()
+        moving.target.start_agent()
+        row = moving.row(moving.target)
+        assert row is not None
+        assert row.state == "restored"
+        assert redis.scenario.where(redis.name) == []
+        said = redis.scenario.migrate("recover", row.migration)
+        assert f"{redis.name} is {moving.target.name}'s" in said.stdout
+        _has_only_moved(redis, moving)
+
+
+def test_the_copy_of_a_source_whose_agent_is_killed_after_its_commit_stays_silent(redis: Redis):
+    with _committed_unheard(redis) as moving:
+        moving.process.kill()
+        moving.process.communicate()
+        engine = observe.worker(moving.source, "engine", "source")
+        moving.source.kill_agent()
+        wait_until(lambda: engine not in observe.processes(moving.source), what="the end of the source's engine")
+        # Its sockets answer nobody: the container's port is off the bridge, only the host's own is on it.
+        assert [name for name, bridge in observe.snapshot(moving.source).links.items() if bridge] == ["eth0"]
+        os.kill(moving.target.agent_pid, signal.SIGCONT)
+        moving.wait_over(moving.target)
+        moving.source.start_agent()
+        row = moving.row(moving.source)
+        assert row is not None
+        assert row.state == "committed"
+        redis.scenario.migrate("recover", row.migration)
+        _has_only_moved(redis, moving)
+
+
+def test_a_source_takes_back_what_it_committed_to_a_target_that_lost_power(redis: Redis):
+    with _committed_unheard(redis) as moving:
+        redis.scenario.lab.power_cut(moving.target)
+        redis.scenario.lab.boot(moving.target)
+        moving.target.start_agent()
+        status, result = moving.end()
+        assert (status, result["status"]) == (5, "rolled-back"), result
+        assert moving.wait_over(moving.source).state == "reclaimed"
+        assert moving.wait_over(moving.target).state == "discarded"
+        assert redis.scenario.where(redis.name) == [moving.source.name]
+        assert moving.source.container(redis.name).pid == redis.container.pid
+        assert redis.name not in moving.target.runc_list()

@@ -31,6 +31,11 @@ def rounds(*rest_mib: float, first_mib: float = 256, mib_per_s: float = 100.0, s
     [
         pytest.param(rounds(0), Decision.CUT_OVER, id="idle: nothing is left"),
         pytest.param(rounds(0.05), Decision.CUT_OVER, id="less is left than a scan costs"),
+        pytest.param(
+            rounds(13.0, first_mib=1300, mib_per_s=145, scan_ms=108),
+            Decision.COPY_AGAIN,
+            id="the first scan of much memory is no measure",
+        ),
         pytest.param(rounds(20), Decision.COPY_AGAIN, id="within the budget, but the next round will shrink it"),
         pytest.param(rounds(20, 2), Decision.COPY_AGAIN, id="still shrinking"),
         pytest.param(rounds(20, 2, 1.8), Decision.CUT_OVER, id="no longer shrinking, and allowed"),

@@ -9,10 +9,10 @@ import msgspec
 from hypothesis import strategies as st
 from msgspec import inspect
 
-from protocol import messages
+from protocol import link_messages, messages
 
 CONTROL_TYPES: tuple[type[messages.Message], ...] = (messages.Request, messages.Reply, messages.Notice)
-LINK_TYPES: tuple[type[messages.Message], ...] = messages.LinkMessage.__args__
+LINK_TYPES: tuple[type[messages.Message], ...] = link_messages.LinkMessage.__args__
 REQUEST_BODIES: tuple[type[messages.Message], ...] = messages.RequestBody.__args__
 REPLY_BODIES: tuple[type[messages.Message], ...] = messages.ReplyBody.__args__
 

@@ -56,7 +56,7 @@ class StreamPipe(threading.Thread):
                     return
                 case base.OpenTask():
                     self._pids[record.task] = record.pid
-                case base.ReleasePackets():
+                case base.ReleasePackets() | base.Urgent():
                     pass
                 case _:
                     raise AssertionError(record)
@@ -74,6 +74,8 @@ class StreamPipe(threading.Thread):
                     number=record.number, read_bytes=self.page_bytes, zero_bytes=0, wire_bytes=0, ms=0.0
                 )
                 self._source.send(flushed)
+            case base.Urgent() | base.ForwardPackets():
+                pass
             case _:
                 raise AssertionError(record)
 

@@ -36,7 +36,7 @@ class _Loop:
         self._ports = ports
 
     def run(self) -> None:
-        """Until the service closes its socket; then everything is undone."""
+        """Until the service closes its socket; then `end`."""
         try:
             while True:
                 self._once()
@@ -87,15 +87,18 @@ class SourceLoop(_Loop):
         answer: Any
         match record:
             case base.SourceArm():
-                answer = engine.arm(record)
+                self._ports.answer(engine.arm(record))
+                engine.rehearse()
+                return
             case base.SourceRound():
                 answer = engine.round(record)
             case base.SourceCutOver():
-                answer = engine.cut_over(record)
+                engine.cut_over(record)
+                return
             case base.SourceVerifyStop():
                 answer = engine.verify_stop()
             case base.SourceThaw():
-                engine.thaw(group=True)
+                engine.thaw()
                 answer = base.EngineDone()
             case base.SourceRelease():
                 engine.release()
@@ -110,7 +113,7 @@ class SourceLoop(_Loop):
             self._ports.answer(base.EngineFailed(failure=record.failure))
 
     def end(self) -> None:
-        self._engine.thaw(group=False)
+        self._engine.release()
 
 
 class TargetLoop(_Loop):
@@ -126,7 +129,9 @@ class TargetLoop(_Loop):
         answer: Any
         match record:
             case base.TargetIntercept():
-                answer = self._engine.intercept(record)
+                self._ports.answer(self._engine.intercept(record))
+                self._engine.rehearse()
+                return
             case base.TargetDiscard():
                 self._engine.discard()
                 answer = base.EngineDone()
@@ -137,8 +142,6 @@ class TargetLoop(_Loop):
     def from_stream(self, frame: Frame) -> None:
         if frame.kind is FrameKind.SECTION:
             restored = self._engine.apply(frame.payload)
-            # First: once the service has the answer, nobody needs this process any more.
-            self._ports.stream.send(base.SectionApplied())
             if restored is not None:
                 self._is_done = True
                 self._ports.answer(restored)
@@ -149,7 +152,9 @@ class TargetLoop(_Loop):
 
     def end(self) -> None:
         # A complete container is frozen and no more ours: it stays as it is, whatever becomes of the agent.
-        if not self._is_done:
+        if self._is_done:
+            self._engine.close()
+        else:
             self._engine.discard()
 
 

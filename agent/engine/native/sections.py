@@ -72,6 +72,7 @@ class ThreadsSection(Message, frozen=True, kw_only=True):
 
     task: TaskNumber
     tids: list[ContainerId]
+    in_freeze: bool = False
 
 
 class ThreadState(Record, frozen=True, kw_only=True):

@@ -143,7 +143,7 @@ class TaskDump:
         numbers = [thread.status.ns_pid[-1] for thread in self._threads]
         if numbers == self._numbers:
             return []
-        return [sections.ThreadsSection(task=self._task, tids=numbers)]
+        return [sections.ThreadsSection(task=self._task, tids=numbers, in_freeze=True)]
 
     def undo(self) -> None:
         """After an error: no thread may run on in our scratch. `FrozenProcess.thaw` gives the registers back."""

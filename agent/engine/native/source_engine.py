@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from agent.engine import base
 from agent.engine.native import files, sections, tree
 from agent.engine.native.freeze import FrozenProcess, freeze_process
 from agent.engine.native.ports import Ports
+from agent.engine.native.rehearsal import Rehearsal
 from agent.engine.native.source_dump import TaskDump
 from agent.engine.native.source_task import SourceTask
 from agent.engine.native.stages import Clock, Deadline
-from agent.kernel.freezer import Freezer
+from agent.ipc import PortClosedError
+from agent.kernel.freezer import Freezer, OpenFreezer
+from agent.kernel.urgent import Urgency
 from agent.network import cut as network_cut
 from protocol.errors import MigrateError, TaskGoneError, UnsupportedError
 from protocol.messages import RoundReport
@@ -40,8 +42,11 @@ class SourceEngine:
     def __init__(self, ports: Ports) -> None:
         self._ports = ports
         self._task: SourceTask | None = None
+        self._rehearsal = Rehearsal()
+        self._urgency = Urgency()
         self._flushes = 0
         self._freeze: _Freeze | None = None
+        self._catchers: _Freeze | None = None  # of a container that has gone: it forwards until this process ends
 
     # ------------------------------------------------------------ before the freeze
 
@@ -50,12 +55,17 @@ class SourceEngine:
         refused = tree.check(request.pid)
         if refused:
             raise UnsupportedError(refused[0].message, code=refused[0].code, hint=refused[0].hint)
+        self._rehearsal.start()
         self._task = SourceTask(request.pid, tree.INIT_TASK, tcp=request.tcp, storage=request.storage)
         begin = self._task.begin()
         stop_ms = self._task.arm()
         self._ports.stream.send(self._task.opened())
         self._send([begin])
         return base.SourceArmed(stop_ms=stop_ms)
+
+    def rehearse(self) -> None:
+        """After `arm`, while nobody waits for anything."""
+        self._rehearsal.begin_source()
 
     def round(self, request: base.SourceRound) -> base.SourceRoundDone:
         """Everything that has changed since the last round, and wait until the target has it."""
@@ -89,20 +99,33 @@ class SourceEngine:
 
     # ------------------------------------------------------------ the freeze
 
-    def cut_over(self, request: base.SourceCutOver) -> base.SourceDumped:
-        """All that can be done before, then the freeze. After an error the container runs on and nothing is held."""
+    def cut_over(self, request: base.SourceCutOver) -> None:
+        """All that can be done before, then the freeze; answers. After an error the container runs on, nothing is held.
+
+        It stays urgent until the service has what it waits for: verify_stop, thaw or release end that.
+        """
         freeze = _Freeze(self._ports, self._armed, request)
         self._freeze = freeze
         try:
             self._prepare(freeze)
-            with _undisturbed():
-                return freeze.run()
+            self._settle()
+            dumped = freeze.run()
+            self._ports.answer(dumped)
+            self._ports.stream.send(base.ForwardPackets())
         except BaseException:
             self._freeze = None
             freeze.undo()
             # Nobody has heard of a dump: nobody can have given the container away.
             freeze.let_go()
+            self._not_urgent()
             raise
+
+    def _settle(self) -> None:
+        """From here no garbage collection, and no other task of this host before ours."""
+        gc.collect()
+        gc.freeze()
+        time.sleep(_SETTLE_S)
+        self._urgency.begin()
 
     def _prepare(self, freeze: _Freeze) -> None:
         """The target builds all that is known; whatever takes long is opened, planned and looked up."""
@@ -112,7 +135,9 @@ class SourceEngine:
         self._send(task.layout.changed())
         self._send(task.layout.finished())
         self._send([freeze.dump.threads_section()])
+        self._rehearsal.refresh_source()
         self._flush(_AHEAD_TIMEOUT_S)
+        self._ports.stream.send(base.Urgent(on=True))
 
     # ------------------------------------------------------------ after it
 
@@ -121,32 +146,46 @@ class SourceEngine:
         if self._freeze is None:
             return base.SourceStopVerified(unbroken=False, detail="nothing is frozen")
         detail = self._freeze.broken()
+        self._urgency.end()
         return base.SourceStopVerified(unbroken=not detail, detail=detail)
 
-    def thaw(self, *, group: bool) -> None:
-        """Everything back, in the order that loses nothing; idempotent.
+    def thaw(self) -> None:
+        """Everything back, in the order that loses nothing; idempotent. On request of the service only, see `release`.
 
-        `group`: the control group as well. Only on request: with the agent gone, what it has decided is not known here.
+        The control group is thawed last.
         """
         freeze, self._freeze = self._freeze, None
         if freeze is not None:
             freeze.undo()
-            if group:
-                freeze.let_go()
+            freeze.let_go()
+            self._not_urgent()
+        self._rehearsal.close()
         if self._task is not None:
             self._task.close()
             self._task = None
 
     def release(self) -> None:
-        """The service has killed the tasks: reap them, so that their runtime can delete the container."""
+        """Let go and change nothing: the tasks stay frozen, their sockets in repair mode, the network cut off.
+
+        For tasks that the service has killed, which their runtime can delete then; and for those of a dump that was
+        handed over, when the service is gone: what it has decided is not known here, the next agent knows it.
+        """
         freeze, self._freeze = self._freeze, None
         if freeze is not None:
             freeze.release()
+            self._catchers = freeze
+            self._not_urgent()
+        self._rehearsal.close()
         if self._task is not None:
             self._task.close()
             self._task = None
 
     # ------------------------------------------------------------ helpers
+
+    def _not_urgent(self) -> None:
+        self._urgency.end()
+        with contextlib.suppress(PortClosedError):
+            self._ports.stream.send(base.Urgent(on=False))
 
     @property
     def _armed(self) -> SourceTask:
@@ -169,7 +208,8 @@ class _Freeze:
         self._frozen: FrozenProcess | None = None
         self._files: files.PreparedDump | None = None
         self._cuts: list[network_cut.Cut] = []
-        self._freezer = Freezer.of(task.pid)
+        self._group = Freezer.of(task.pid)
+        self._freezer = OpenFreezer(self._group)
         self._is_held = False
         self.dump: TaskDump
 
@@ -205,17 +245,19 @@ class _Freeze:
         clock.part("freeze group")
         ports.answer(base.SourceFrozen(monotonic_ns=clock.started_ns, tasks=sorted(self._frozen.tracees)))
         deadline.check()
-        changed = [*self.dump.threads_changed(), *task.layout.changed(), *task.layout.opened_for(scan.ranges)]
-        for section in changed:
+        for section in (*self.dump.threads_changed(), *task.layout.changed()):
+            ports.send_section(sections.encode(section))
+        # Before the pages, in which it has no part: the target works on it while they are on their way.
+        state = self.dump.state()
+        ports.send_section(sections.encode(state))
+        clock.part("dump tasks")
+        for section in task.layout.opened_for(scan.ranges):
             ports.send_section(sections.encode(section))
         for runs in scan.reads(task.number, final=True):
             ports.stream.send(runs)
         for section in (*scan.holes(task.number), *task.layout.finished()):
             ports.send_section(sections.encode(section))
         clock.part("hand over pages")
-        state = self.dump.state()
-        ports.send_section(sections.encode(state))
-        clock.part("dump tasks")
         deadline.check()
         assert self._files is not None
         dumped_files = self._files.dump()
@@ -239,7 +281,7 @@ class _Freeze:
         if self._is_held:
             self._is_held = False
             with contextlib.suppress(TaskGoneError):
-                self._freezer.thaw()
+                self._group.thaw()
 
     def _cut(self) -> None:
         for prepared in self._cuts:
@@ -266,37 +308,21 @@ class _Freeze:
                 steps.callback(self.dump.undo)
 
     def release(self) -> None:
-        """Forget tasks that are dead."""
+        """Detach. The control group holds what lives; the catchers stay, packets may come here for a while yet."""
         if self._frozen is not None:
             self._frozen.thaw()
-        self._close()
+        self._close_files()
 
     def _close(self) -> None:
         for prepared in self._cuts:
             prepared.close()
         self._cuts.clear()
+        self._close_files()
+
+    def _close_files(self) -> None:
         if self._files is not None:
             self._files.close()
             self._files = None
+        self._freezer.close()
         if hasattr(self, "dump"):
             self.dump.close()
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """No garbage collection and no other task of this host before ours, for the length of the freeze."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    time.sleep(_SETTLE_S)
-    before = os.sched_getscheduler(0), os.sched_getparam(0)
-    try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(10))
-    except PermissionError:
-        _log.warning("no right to SCHED_FIFO: the freeze may take longer on a busy host")
-    try:
-        yield
-    finally:
-        os.sched_setscheduler(0, *before)
-        gc.enable()
-        gc.unfreeze()

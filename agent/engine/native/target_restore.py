@@ -12,7 +12,7 @@ from agent.engine.native.target_task import TargetTask
 from agent.engine.native.tasks import credentials, process, registers, rseq, scheduling, signals, threads, timers
 from agent.engine.native.tracee import Tracee
 from agent.kernel import procfs, ptrace
-from agent.kernel.freezer import Freezer
+from agent.kernel.freezer import OpenFreezer
 from agent.kernel.unistd import SYS
 from protocol.errors import RemoteProtocolError
 
@@ -26,19 +26,19 @@ class FinalRestore:
         self._task = task
         self._state: sections.StateSection | None = None
         self._tracees: list[Tracee] = []
+        self._injection: Injection
 
     def apply_state(self, state: sections.StateSection) -> None:
-        """Everything of process and threads that is set by calls of their own, in three waves.
+        """Everything of process and threads that needs none of the last pages, in two waves of calls of their own.
 
         Credentials of all threads first: a change of any makes the process undumpable. Signal actions before pending
-        signals: setting 'ignore' throws those away. rseq and timers last: the kernel acts on them at once.
+        signals: setting 'ignore' throws those away.
         """
         task = self._task
-        task.lock()
         self._state = state
         self._tracees = task.threads([thread.tid for thread in state.threads])
         _raise_file_limit(task.pid, state)
-        injection = Injection(task.remote, self._tracees[1:])
+        self._injection = injection = Injection(task.remote, self._tracees[1:])
         now = credentials.of_status(procfs.read_status(task.pid))
         leader, others = injection.plan()
         signals.restore_actions(state.actions, leader)
@@ -51,25 +51,34 @@ class FinalRestore:
         for thread, plan in zip(state.threads, (leader, *others), strict=True):
             threads.restore(thread.attributes, plan)
             signals.restore_pending(thread.pending, plan, tgid=task.container_pid, tid=thread.tid)
-            rseq.restore(thread.rseq, plan)
-        timers.restore(state.timers, leader)
         injection.run(leader, others)
+        process.restore_oom_score(state.attributes, task.pid)
+        for thread, tracee in zip(state.threads, self._tracees, strict=True):
+            scheduling.restore(thread.scheduling, tracee.tid)
 
-    def apply_files(self, section: sections.FilesStateSection) -> files.RestoredFiles:
-        """Open files, sockets still in repair mode."""
-        return files.restore(section.files, files.RestoreContext(pid=self._task.pid, remote=self._task.remote))
+    def apply_files(self, section: sections.FilesStateSection, network_namespace: str = "") -> files.RestoredFiles:
+        """Open files, sockets still in repair mode. `network_namespace`: path; '': the process's own."""
+        task = self._task
+        context = files.RestoreContext(pid=task.pid, remote=task.remote, network_namespace=network_namespace)
+        return files.restore(section.files, context)
 
-    def complete(self, freezer: Freezer) -> None:
-        """Registers, then the cgroup's freezer while all still stand, then let go."""
+    def complete(self, freezer: OpenFreezer | None) -> None:
+        """All pages are there: what the kernel acts on at once, registers, the freezer while all stand, then let go.
+
+        `freezer`: None in a rehearsal.
+        """
         state = self._state
         if state is None:
             raise RemoteProtocolError("complete, but no state came")
         task = self._task
-        task.release()
-        task.run(4096, lambda plan: process.restore_limits(state.attributes, task.pid, plan))
-        process.restore_oom_score(state.attributes, task.pid)
-        for thread, tracee in zip(state.threads, self._tracees, strict=True):
-            scheduling.restore(thread.scheduling, tracee.tid)
+        # After the last pages, so that none is made twice.
+        task.lock()
+        leader, others = self._injection.plan()
+        for thread, plan in zip(state.threads, (leader, *others), strict=True):
+            rseq.restore(thread.rseq, plan)
+        timers.restore(state.timers, leader)
+        process.restore_limits(state.attributes, task.pid, leader)
+        self._injection.run(leader, others)
         self._restore_ignored_trap(state)
         task.remote.unmap_scratch()
         shared = state.threads[0].pending.shared
@@ -79,8 +88,9 @@ class FinalRestore:
                 thread.registers, tracee,
                 has_unblocked_signal=signals.is_unblocked_pending(waiting, thread.registers.blocked),
             )  # fmt: skip
-        freezer.freeze()
-        freezer.wait_frozen(_FREEZE_TIMEOUT_S)
+        if freezer is not None:
+            freezer.freeze()
+            freezer.wait_frozen(_FREEZE_TIMEOUT_S)
         for tracee in self._tracees:
             ptrace.set_options(tracee.tid, ptrace.Option.NONE)
         for tracee in self._tracees[::-1]:

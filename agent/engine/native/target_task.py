@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from agent.arch import current
 from agent.engine import base
@@ -175,6 +175,8 @@ class TargetTask:
             self._numbers = PidNumbers(self.pid, wanted)
         for first, count in _consecutive(missing):
             self._make_consecutive(first, count)
+        # Its end takes milliseconds: not in the freeze, where seldom a thread is missing still.
+        self.close()
 
     def _make_consecutive(self, first: int, count: int) -> None:
         assert self._numbers is not None
@@ -212,12 +214,6 @@ class TargetTask:
         self.remote.reset()
         return CallPlan(self.remote.reserve(size_bytes), size_bytes)
 
-    def run(self, size_bytes: int, add: Callable[[CallPlan], None]) -> None:
-        """Run what `add` plans in the leader, with an arena of `size_bytes`."""
-        plan = self._plan(size_bytes)
-        add(plan)
-        self._run_plan(plan)
-
     def _run_plan(self, plan: CallPlan) -> None:
         if not len(plan):
             return
@@ -226,11 +222,6 @@ class TargetTask:
         results = self.remote.batch(plan.calls, keep_going=True)
         size = len(plan.memory)
         plan.load(results, process_vm_read(self.pid, plan.base, size) if size else b"")
-
-    def release(self) -> None:
-        """Nothing of ours is needed in the pid namespace any more: its end takes milliseconds, wait for it later."""
-        if self._numbers is not None:
-            self._numbers.release()
 
     def close(self) -> None:
         """End the helper; the tasks are the caller's. Idempotent."""

@@ -13,7 +13,7 @@ import pytest
 from agent.engine import base
 from protocol import codec
 from protocol.framing import FrameKind
-from protocol.messages import LinkAbort, LinkRestored
+from protocol.link_messages import LinkAbort, LinkRestored
 from tests.agent.transfer.rig import ADDRESS, MIGRATION, TIMEOUT_S, Pair, Victim, connection_count, kill
 
 pytestmark = [pytest.mark.root, pytest.mark.kernel]

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 _IO_URING_SETUP = 425  # asm-generic/unistd.h
 
@@ -20,7 +19,7 @@ match what:
     case "child":
         held = subprocess.Popen(["/usr/bin/sleep", "1000"])
     case "file":
-        held = Path("/tmp/data").open("w")
+        held = os.open("/tmp/data", os.O_WRONLY | os.O_CREAT)
     case "memory":
         held = os.urandom(int(more[0]))
 
