@@ -110,6 +110,7 @@ class Session:
         self._tasks: set[asyncio.Task[None]] = set()
         self._coordinator = peer
         self._mine: list[Migration] = []
+        self._end_reason = "the connection to the coordinator was lost"
 
     async def run(self, read: Callable[[], Awaitable[bytes]]) -> None:
         """Serve until the coordinator goes or breaks the protocol."""
@@ -121,6 +122,9 @@ class Session:
                     return
         except ProtocolError as error:
             _log.warning("%s: %s", self._peer, error)
+        except asyncio.CancelledError:
+            self._end_reason = "the agent was stopped"
+            raise
         finally:
             await asyncio.shield(self._orphan())
 
@@ -193,7 +197,7 @@ class Session:
             try:
                 entry = self._host.journal.find(migration.id, migration.side)
                 if entry is not None and entry.state in {State.PREPARING, State.PRECOPY}:
-                    await migration.abort("the connection to the coordinator was lost")
+                    await migration.abort(self._end_reason)
             except MigrateError as error:
                 _log.warning("%s: %s", migration.id, error)
 

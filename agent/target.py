@@ -24,7 +24,7 @@ from agent.worker import Workers
 from protocol import link_messages as link
 from protocol import messages as m
 from protocol.errors import AbortedError, MigrateError, UnsupportedError, UsageError
-from protocol.states import Event, Side, State, may_abort
+from protocol.states import Event, Side, State, may_abort, owner
 
 _log = logging.getLogger(__name__)
 
@@ -190,19 +190,19 @@ class TargetMigration:
             if commit.epoch != self.epoch:
                 raise MigrateError(f"COMMIT of epoch {commit.epoch}, this is {self.epoch}", code="epoch")
             parts = self._run(restored)
+            # Whatever fails from here on: it runs, and is to be cleaned up after.
+            self._ending = background.start(self._clean_up(), f"{self.id}: clean-up of the target")
             live.send_link(link.LinkRunning(migration=self.id, parts=parts))
             # The source's catcher forwards until the network has learned; the container need not wait for this.
             for network in self._networks:
                 network.announce()
             live.stream.port.send(base.StreamAttached())
         except MigrateError as error:
+            _log.info("%s: %s", self.id, error)
             self._lost(error)
-            return
         except Exception as error:  # noqa: BLE001  (the source waits: it has to hear of this as of any failure)
             _log.exception("%s: the target failed", self.id)
             self._lost(MigrateError(f"the target failed: {type(error).__name__}: {error}", host=self._host.name))
-            return
-        self._ending = background.start(self._clean_up(), f"{self.id}: clean-up of the target")
 
     def _run(self, restored: base.TargetRestored) -> dict[str, float]:
         """The commit: RUNNING on disk, then the effects, each of which may be repeated."""
@@ -273,8 +273,13 @@ class TargetMigration:
             # What is being made cannot be removed before it is there; `prepare` removes it.
             self._why = self._why or AbortedError(reason)
             await self._prepared.wait()
+        state = self.state
+        if owner(state) is _SIDE:
+            raise MigrateError(
+                f"{self.id} is past its commit point ({state.value}): {self.container} is owned here", code="committed",
+                host=self._host.name, hint=f"migrate status {self.id}",
+            )  # fmt: skip
         if self._ending is None:
-            state = self.state
             if state is State.DISCARDED:
                 return
             if not may_abort(_SIDE, state):
@@ -288,16 +293,24 @@ class TargetMigration:
 
     def _start_discard(self, reason: str) -> None:
         """The decision is written here, in the same step that took it: nothing can come between."""
-        self._host.journal.move(self.id, _SIDE, Event.ABORT, detail=reason[:1000])
-        self._ending = background.start(self._discard(), f"{self.id}: discarding the target")
+        unwritten = []
+        try:
+            self._host.journal.move(self.id, _SIDE, Event.ABORT, detail=reason[:1000])
+        except MigrateError as error:
+            if error.code != "journal":
+                raise
+            # It does not run here with DISCARDED or without; the next start of the agent writes it.
+            unwritten = [str(error)]
+        self._ending = background.start(self._discard(unwritten), f"{self.id}: discarding the target")
 
-    async def _discard(self) -> None:
+    async def _discard(self, unwritten: list[str]) -> None:
         live, self._workers = self._workers, None
         if live is not None:
             # The tasks die with their tracer (EXITKILL); frozen ones are killed by the runtime's delete.
             await live.close()
         await self._close_networks()
         failures = await asyncio.to_thread(undo.run_pending, self._host.state_dir, self.id, _SIDE)
+        failures += unwritten
         if failures:
             raise reclaim.left_behind(self._host, self.id, failures)
 

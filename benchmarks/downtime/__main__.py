@@ -28,7 +28,9 @@ def _arguments() -> argparse.Namespace:
                         help="of each host, as tc(8) writes it; none: unshaped")  # fmt: skip
     parser.add_argument("--runs", type=int, default=6, help="migrations of each combination, back and forth")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
-    parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing: show this")
+    parser.add_argument(
+        "--from-json", type=Path, metavar="FILE", help="show this; a profile that it lacks is taken now"
+    )
     parser.add_argument("--quick", action="store_true", help="64 MB, idle, unshaped, 2 runs; no profile")
     parser.add_argument("--no-profile", action="store_true")
     parser.add_argument("--write-docs", action="store_true", help=f"put the tables into {page.PAGE.name}")
@@ -55,11 +57,16 @@ def _measure(options: argparse.Namespace) -> Report:
     for cell in measure.measure(plan, _say):
         report.cells.append(cell)
         _keep(options, report)  # what is measured stays, if a later cell fails
-    rows = {} if options.no_profile else profile.take(say=_say)
     after = msgspec.structs.replace(here, load_after=os.getloadavg()[0])
-    report = msgspec.structs.replace(report, machine=after, profile=rows)
-    _keep(options, report)
-    return report
+    report = msgspec.structs.replace(report, machine=after)
+    return report if options.no_profile else _profiled(report)
+
+
+def _profiled(report: Report) -> Report:
+    here = machine.describe()
+    rows = profile.take(say=_say)
+    here = msgspec.structs.replace(here, load_after=os.getloadavg()[0])
+    return msgspec.structs.replace(report, profile=rows, profile_machine=here)
 
 
 def _keep(options: argparse.Namespace, report: Report) -> None:
@@ -72,8 +79,11 @@ def main() -> int:
     options = _arguments()
     if options.from_json:
         report = msgspec.json.decode(options.from_json.read_bytes(), type=Report)
+        if not options.no_profile and not report.profile:
+            report = _profiled(report)
     else:
         report = _measure(options)
+    _keep(options, report)
     print(text.plain(report))
     if options.write_docs:
         page.write(text.markdown(report))

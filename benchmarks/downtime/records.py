@@ -92,7 +92,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     cores: int
     revision: str
     load_before: float
-    load_after: float = 0.0
+    load_after: float | None = None  # None: it was not run to its end
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,6 +102,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     cells: list[Cell]
     tracker: TrackerCost | None = None
     profile: dict[str, list[tuple[str, int, float, float]]] = {}  # side -> (function, calls, own ms, ms with callees)
+    profile_machine: Machine | None = None  # when and on what the profile was taken
 
 
 def longest_waits(gaps: Iterable[tuple[float, float]], begin_s: float, end_s: float) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from benchmarks.downtime import targets
 from benchmarks.downtime.machine import QUIET_LOAD
 from benchmarks.downtime.records import (
     Cell,
+    Machine,
     Report,
     Spread,
     TrackerCost,
@@ -40,7 +41,8 @@ def tables(report: Report) -> list[Table]:
     found += _growth(cells)
     if report.tracker is not None:
         found.append(_tracker(report.tracker))
-    found += [_profile(side, rows) for side, rows in report.profile.items()]
+    taken = machine_line(report.profile_machine) if report.profile_machine else ""
+    found += [_profile(side, rows, taken) for side, rows in report.profile.items()]
     return found
 
 
@@ -173,29 +175,29 @@ def _tracker(cost: TrackerCost) -> Table:
     return Table("What the tracker costs a process", ["", "median (least-most)"], rows, note)
 
 
-def _profile(side: str, rows: Sequence[tuple[str, int, float, float]]) -> Table:
+def _profile(side: str, rows: Sequence[tuple[str, int, float, float]], taken: str) -> Table:
     shown = [[name, str(calls), f"{own:.2f}", f"{all_:.2f}"] for name, calls, own, all_ in rows[:_PROFILE_ROWS]]
     rest = sum(own for _, _, own, _ in rows[_PROFILE_ROWS:])
     shown.append([f"{len(rows) - _PROFILE_ROWS} others", "", f"{rest:.2f}", ""])
     shown.append(["together", "", f"{sum(own for _, _, own, _ in rows):.2f}", ""])
-    note = "Per migration. The profiler itself makes many small calls look dearer than they are."
+    note = f"Per migration. The profiler itself makes many small calls look dearer than they are. Taken: {taken}"
     title = f"Where the engine's time in the freeze goes: {side}"
     return Table(title, ["function", "calls", "own, ms", "with callees, ms"], shown, note)
 
 
-def machine_line(report: Report) -> str:
+def machine_line(m: Machine) -> str:
     """One sentence."""
-    m = report.machine
     noisy = "" if m.load_before < QUIET_LOAD else ", which was NOT quiet"
+    after = "the run did not get to its end" if m.load_after is None else f"{m.load_after:.2f} after, its own included"
     return (
         f"{m.date}, revision {m.revision}; {m.cores} processors ({m.cpu}), Linux {m.kernel}; "
-        f"load average {m.load_before:.2f} before{noisy}, {m.load_after:.2f} after (the benchmark itself included)."
+        f"load average {m.load_before:.2f} before{noisy}; {after}."
     )
 
 
 def plain(report: Report) -> str:
     """For a terminal."""
-    blocks = [machine_line(report)]
+    blocks = [machine_line(report.machine)]
     for table in tables(report):
         lines = [table.head, *table.rows]
         widths = [max(len(row[column]) for row in lines) for column in range(len(table.head))]
@@ -210,7 +212,7 @@ def plain(report: Report) -> str:
 
 def markdown(report: Report, *, heading: str = "###") -> str:
     """For docs/."""
-    blocks = [machine_line(report)]
+    blocks = [machine_line(report.machine)]
     for table in tables(report):
         head = ["| " + " | ".join(table.head) + " |", "|---|" + "---:|" * (len(table.head) - 1)]
         drawn = ["| " + " | ".join(row) + " |" for row in table.rows]

@@ -17,6 +17,7 @@ from agent.journal import Journal, Undo
 from agent.journal import _start_time as start_time
 from agent.service import Service, Session
 from agent.undo import read_config, run_pending, write_config
+from agent.worker import Workers
 from protocol import link_messages as link
 from protocol import messages as m
 from protocol.connection import Connection, Role
@@ -475,5 +476,44 @@ def test_a_record_that_is_not_understood_keeps_no_agent_from_starting(tell, monk
         entry = rig.journal.find("side-test-2", Side.SOURCE)
         assert entry is not None
         assert entry.state is State.ABORTED
+
+    tell(story)
+
+
+def test_a_target_that_cannot_tell_of_its_running_is_cleaned_up_all_the_same(tell, monkeypatch: pytest.MonkeyPatch):
+    async def story(rig: SideRig) -> None:
+        monkeypatch.setattr(target, "_LISTEN_AFTER_RUNNING_S", 0.0)
+        migration = await waiting(rig)
+
+        def gone(_: Any, message: Any) -> None:
+            raise MigrateError(f"no stream for {message}", code="process-gone")
+
+        monkeypatch.setattr(Workers, "send_link", gone)
+        rig.live.link.put(link.LinkCommit(migration=ID, epoch=1))
+        await until(lambda: "thawed" in rig.log)
+        with pytest.raises(MigrateError, match="owned here"):
+            await migration.abort("enough")
+        await migration.finish()
+        assert rig.state(Side.TARGET) is State.FINISHED
+        assert rig.all_closed()
+
+    tell(story)
+
+
+def test_a_full_disk_keeps_no_half_made_target(tell, monkeypatch: pytest.MonkeyPatch):
+    async def story(rig: SideRig) -> None:
+        migration = rig.target()
+        await migration.prepare("")
+        assert rig.runtime.there == {"web1"}
+
+        def full(*_: Any, **__: Any) -> State:
+            raise MigrateError("the journal cannot be written: disk is full", code="journal")
+
+        monkeypatch.setattr(Journal, "move", full)
+        with pytest.raises(MigrateError, match="disk is full") as caught:
+            await migration.abort("enough")
+        assert caught.value.code == "left-behind"
+        assert rig.runtime.there == set()
+        assert rig.all_closed()
 
     tell(story)

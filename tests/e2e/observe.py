@@ -47,6 +47,8 @@ def journal(host: ContainerHost) -> list[Row]:
     if not path.exists():
         return []
     with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)) as db:
+        if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'migrations'").fetchone():
+            return []  # the agent is just making it
         rows = db.execute(
             "SELECT migration, side, state, container, detail, (SELECT count(*) FROM undo"
             " WHERE undo.migration = migrations.migration AND undo.side = migrations.side)"

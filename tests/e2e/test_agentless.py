@@ -78,7 +78,8 @@ def test_a_session_that_ends_in_pre_copy_undoes_everything(scenario: Scenario, i
             ]
             os.kill(pid, signal.SIGTERM)
             status, result = moving.end()
-            assert (status, result["status"]) == (5, "rolled-back")
+            assert (status, result["status"]) == (8, "aborted")
+            assert "the agent was stopped" in result["error"]["message"]
         else:
             scenario.lab.link_down(scenario.b)
             try:

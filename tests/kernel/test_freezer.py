@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent.kernel import procfs
-from agent.kernel.freezer import Freezer, Version, versions
+from agent.kernel.freezer import Freezer, OpenFreezer, Version, versions
 from protocol.errors import TaskGoneError, UnsupportedError
 from tests.kernel.programs import Puppet, puppet
 
@@ -95,6 +95,21 @@ def test_a_freeze_of_stopped_tasks_outlives_the_tracer(group: Path) -> None:
         assert ticks(it) == before
         freezer.thaw()
         assert it.process.stdout.readline() == "42\n"
+
+
+def test_an_open_freezer_does_the_same(group: Path) -> None:
+    with puppet() as it:
+        freezer = put(it, group)
+        opened = OpenFreezer(freezer)
+        try:
+            opened.freeze()
+            opened.wait_frozen(2.0)
+            assert freezer.is_frozen()
+            opened.thaw()
+            assert not freezer.is_frozen()
+        finally:
+            opened.close()
+        opened.close()
 
 
 def test_a_group_is_found_again_by_its_paths_until_it_is_gone(group: Path) -> None:

@@ -185,7 +185,10 @@ class Stage:
         return state, dumped
 
     def restore(self, state: bytes, dumped: bytes) -> None:
-        """What the target does in the freeze, of `dump`'s sections, to the same program; it goes on as it was."""
+        """What the target does in the freeze, of `dump`'s sections, to the same program; it goes on as it was.
+
+        But for its sockets, which lie in another network namespace from then on: no more `dump`.
+        """
         state_section, files_section = sections.decode(state), sections.decode(dumped)
         assert isinstance(state_section, sections.StateSection)
         assert isinstance(files_section, sections.FilesStateSection)

@@ -130,6 +130,19 @@ class TargetEngine:
         if task is None:
             raise RemoteProtocolError("a section came before the container was there")
         match section:
+            case sections.StateSection():
+                self._apply_state(task, section)
+            case sections.FilesStateSection():
+                self._apply_files(final, section)
+            case sections.CompleteSection():
+                return self._complete(task, final)
+            case _:
+                self._build(task, section)
+        return None
+
+    def _build(self, task: TargetTask, section: sections.Section) -> None:
+        """What may come before the freeze."""
+        match section:
             case sections.BeginSection():
                 task.begin(section)
                 self._ports.stream.send(task.opened())
@@ -144,18 +157,14 @@ class TargetEngine:
             case sections.HolesSection():
                 task.drop(section)
             case sections.ThreadsSection():
-                task.make_threads(section.tids)
-                self.stage = Stage.THREADED
-                if not section.in_freeze:
-                    self._rehearsal.refresh_target()
-                    self._be_urgent(on=True)
-            case sections.StateSection():
-                self._apply_state(task, section)
-            case sections.FilesStateSection():
-                self._apply_files(final, section)
-            case sections.CompleteSection():
-                return self._complete(task, final)
-        return None
+                self._make_threads(task, section)
+
+    def _make_threads(self, task: TargetTask, section: sections.ThreadsSection) -> None:
+        task.make_threads(section.tids)
+        self.stage = Stage.THREADED
+        if not section.in_freeze:
+            self._rehearsal.refresh_target()
+            self._be_urgent(on=True)
 
     def _apply_state(self, task: TargetTask, section: sections.StateSection) -> None:
         self._clock = Clock()
