@@ -73,10 +73,10 @@ def test_a_session_that_ends_in_pre_copy_undoes_everything(scenario: Scenario, i
             moving.process.kill()
             moving.process.communicate()
         elif how == "source agent":
-            (pid,) = [
+            (agent,) = [
                 pid for pid, line in observe.processes(scenario.a).items() if line.endswith("bin/migrate-agent --stdio")
             ]
-            os.kill(pid, signal.SIGTERM)
+            os.kill(agent, signal.SIGTERM)
             status, result = moving.end()
             assert (status, result["status"]) == (8, "aborted")
             assert "the agent was stopped" in result["error"]["message"]
