@@ -19,6 +19,7 @@ from agent.host import Host
 from agent.ipc import PortClosedError
 from agent.journal import Undo
 from agent.kernel.freezer import Freezer
+from agent.kernel.urgent import Urgency
 from agent.network import capture
 from agent.worker import Workers
 from protocol import link_messages as link
@@ -190,9 +191,13 @@ class SourceMigration:
         facts = reclaim.facts_of_source(self._host, self._report, self._freezer, self._interfaces)
         self._host.journal.move(self.id, _SIDE, Event.FREEZE, facts=facts, undo=self._undo_of_cut_over())
         self._in_cut_over = True
+        urgency = Urgency()
         try:
+            live.send_link(link.LinkFreezing(migration=self.id))
+            urgency.begin()
             return await self._cut_over(live, request)
         finally:
+            urgency.end()
             self._in_cut_over = False
             self._cut_over_ended.set()
 

@@ -16,6 +16,7 @@ from agent import background, reclaim, undo
 from agent.engine import base
 from agent.host import Host
 from agent.kernel.freezer import Freezer
+from agent.kernel.urgent import Urgency
 from agent.network import build
 from agent.network.namespaces import is_named_namespace
 from agent.runtimes.base import RuntimeContainer
@@ -174,9 +175,12 @@ class TargetMigration:
     async def _follow(self) -> None:
         """Go along with the source: link up, restored, commit."""
         live = self._live
+        urgency = Urgency()
         try:
             await live.stream.inbox.get(base.StreamUp)
             self._host.journal.move(self.id, _SIDE, Event.ARMED)
+            await live.link.get(link.LinkFreezing)
+            urgency.begin()
             restored = await live.engine.inbox.get(base.TargetRestored)
             clock = time.monotonic_ns()
             facts = reclaim.facts_of_restored(
@@ -203,6 +207,8 @@ class TargetMigration:
         except Exception as error:  # noqa: BLE001  (the source waits: it has to hear of this as of any failure)
             _log.exception("%s: the target failed", self.id)
             self._lost(MigrateError(f"the target failed: {type(error).__name__}: {error}", host=self._host.name))
+        finally:
+            urgency.end()
 
     def _run(self, restored: base.TargetRestored) -> dict[str, float]:
         """The commit: RUNNING on disk, then the effects, each of which may be repeated."""

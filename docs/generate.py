@@ -230,7 +230,12 @@ exit status of `unsupported`); codes are never renamed. `error.host` says where,
 
 def support_page() -> str:
     rows = [
-        [resource.name, resource.scope.value, resource.said("Survives") or "as it is", resource.said("Does not survive")]
+        [
+            resource.name,
+            resource.scope.value,
+            resource.said("Survives") or "as it is",
+            resource.said("Does not survive"),
+        ]
         for resource in RESOURCES
     ]
     return f"""# What survives a move

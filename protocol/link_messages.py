@@ -18,6 +18,12 @@ class LinkHello(Message, frozen=True, kw_only=True):
     stream: Count = 0
 
 
+class LinkFreezing(Message, frozen=True, kw_only=True):
+    """Source: the freeze comes next; whoever takes part in it should be ready."""
+
+    migration: MigrationId
+
+
 class LinkRestored(Message, frozen=True, kw_only=True):
     """Target: the container is whole here and frozen, and the journal says so."""
 
@@ -54,4 +60,4 @@ class LinkAbort(Message, frozen=True, kw_only=True):
     reason: Text = ""
 
 
-LinkMessage = LinkHello | LinkRestored | LinkCommit | LinkRunning | LinkFailed | LinkAbort
+LinkMessage = LinkHello | LinkFreezing | LinkRestored | LinkCommit | LinkRunning | LinkFailed | LinkAbort

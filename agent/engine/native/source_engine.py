@@ -14,7 +14,7 @@ from agent.engine.native.freeze import FrozenProcess, freeze_process
 from agent.engine.native.ports import Ports
 from agent.engine.native.rehearsal import Rehearsal
 from agent.engine.native.source_dump import TaskDump
-from agent.engine.native.source_task import SourceTask
+from agent.engine.native.source_task import Found, SourceTask
 from agent.engine.native.stages import Clock, Deadline
 from agent.ipc import PortClosedError
 from agent.kernel.freezer import Freezer, OpenFreezer
@@ -71,14 +71,8 @@ class SourceEngine:
         """Everything that has changed since the last round, and wait until the target has it."""
         task = self._armed
         started = time.monotonic()
-        task.layout.look()
-        self._send(task.layout.changed())
-        scan = task.scan()
+        scan = self._send_dirty()
         scan_ms = (time.monotonic() - started) * 1000
-        self._send(task.layout.opened_for(scan.ranges))
-        for runs in scan.reads(task.number, final=False):
-            self._ports.stream.send(runs)
-        self._send(scan.holes(task.number))
         flushed = self._flush(_FLUSH_TIMEOUT_S)
         return base.SourceRoundDone(
             report=RoundReport(
@@ -88,6 +82,18 @@ class SourceEngine:
                 remaining_bytes=task.dirty_bytes(),
             )
         )  # fmt: skip
+
+    def _send_dirty(self) -> Found:
+        """What has changed since the last scan: areas, pages, holes."""
+        task = self._armed
+        task.layout.look()
+        self._send(task.layout.changed())
+        scan = task.scan()
+        self._send(task.layout.opened_for(scan.ranges))
+        for runs in scan.reads(task.number, final=False):
+            self._ports.stream.send(runs)
+        self._send(scan.holes(task.number))
+        return scan
 
     def _flush(self, timeout_s: float) -> base.Flushed:
         self._flushes += 1
@@ -137,6 +143,11 @@ class SourceEngine:
         self._send([freeze.dump.threads_section()])
         self._rehearsal.refresh_source()
         self._flush(_AHEAD_TIMEOUT_S)
+        if task.is_copied:
+            # All this took many times what a freeze takes: what was written meanwhile goes ahead too.
+            self._send_dirty()
+            self._send(task.layout.finished())
+            self._flush(_AHEAD_TIMEOUT_S)
         self._ports.stream.send(base.Urgent(on=True))
 
     # ------------------------------------------------------------ after it

@@ -100,6 +100,11 @@ class SourceTask:
         self._closed = ClosedAreas(pid)
         self._is_scanned = False
 
+    @property
+    def is_copied(self) -> bool:
+        """Whether a round has gone before: not so when all is copied in the freeze."""
+        return self._is_scanned
+
     def close(self) -> None:
         """Idempotent."""
         self._tracker.close()
