@@ -231,6 +231,7 @@ class SideRig:
     def restored(self) -> None:
         """The target's engine has built everything."""
         self.live.stream.inbox.put(base.StreamUp())
+        self.live.link.put(link.LinkFreezing(migration=ID))
         self.live.engine.inbox.put(base.TargetRestored(parts={}, pids=[1], repaired=[]))
 
     def dumped(self) -> None:
