@@ -154,11 +154,11 @@ def test_a_target_without_the_area_is_an_error_that_names_it(pair):
 def test_the_bandwidth_limit_holds_until_the_freeze(pair):
     size = 16 * MIB
     with Victim.start(size, "random") as giver, Victim.start(size) as taker:
-        pair.join(bandwidth=32 * MIB)
+        pair.join(bandwidth=8 * MIB)
         pair.open(giver, taker)
         slow = pair.copy(size)
         fast = pair.copy(size, final=True, number=2)
-        assert slow.ms > 350
+        assert slow.ms > 1000
         assert fast.ms < slow.ms / 2
 
 
