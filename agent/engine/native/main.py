@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import argparse
 import logging
 import socket
@@ -29,7 +30,7 @@ def _failure_of(error: BaseException) -> Failure:
     return Failure(family=family_of(error), code=error.code, message=error.message, host=error.host, hint=error.hint)
 
 
-class _Loop:
+class _Loop(abc.ABC):
     """Takes what comes on the two sockets, one at a time."""
 
     def __init__(self, ports: Ports) -> None:
@@ -61,17 +62,17 @@ class _Loop:
         except Exception as error:  # noqa: BLE001 - whatever went wrong, the engine must still be able to undo
             self._ports.answer(base.EngineFailed(failure=_failure_of(error)))
 
+    @abc.abstractmethod
     def request(self, frame: Frame) -> None:
         """A frame of the service."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def from_stream(self, frame: Frame) -> None:
         """A frame of the stream that nobody was waiting for."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def end(self) -> None:
         """The service is gone."""
-        raise NotImplementedError
 
 
 class SourceLoop(_Loop):
